@@ -1,0 +1,93 @@
+"""A virtual asyncio loop: its clock jumps to the next timer as soon as nothing is ready.
+
+Law: no I/O, no threads, no wall clock. Callbacks run in the order in which they were scheduled; timers with equal
+deadlines fire in the order in which they were set (CPython's own heap does not promise that). An exception that
+reaches the loop stops the run, and a loop in which nothing can ever wake raises Deadlock at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from asyncio import base_events, events
+from collections.abc import Callable
+from contextvars import Context
+from typing import Any
+
+
+class Deadlock(RuntimeError):
+    """The main task waits, and no callback or timer is left that could wake it."""
+
+
+class VirtualLoop(base_events.BaseEventLoop):
+    """Runs asyncio code in virtual time. ``time()`` starts at 0.0 and only moves forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0.0
+        self._order = 0
+        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._failure: BaseException | None = None
+        self._clock_resolution = 0.0
+        self.set_exception_handler(VirtualLoop._record)
+
+    def time(self) -> float:
+        return self._now
+
+    def call_later(
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> events.TimerHandle:
+        return self.call_at(self._now + max(delay, 0.0), callback, *args, context=context)
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> events.TimerHandle:
+        handle = events.TimerHandle(when, callback, args, self, context)
+        handle._scheduled = True  # type: ignore[attr-defined]
+        self._order += 1
+        heapq.heappush(self._timers, (max(when, self._now), self._order, handle))
+        return handle
+
+    def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
+        """Cancelled timers are dropped when their time comes."""
+
+    def _record(self, context: dict[str, Any]) -> None:
+        if self._failure is None:
+            self._failure = context.get("exception") or RuntimeError(context.get("message", "callback failed"))
+        self.stop()
+
+    def _run_once(self) -> None:
+        ready = self._ready  # type: ignore[attr-defined]
+        if not ready:
+            self._wake()
+        for _ in range(len(ready)):
+            handle = ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+
+    def _wake(self) -> None:
+        """Move the clock to the next live timer and make it ready."""
+        timers = self._timers
+        while timers:
+            when, _, handle = heapq.heappop(timers)
+            if not handle._cancelled:  # type: ignore[attr-defined]
+                self._now = when
+                self._ready.append(handle)  # type: ignore[attr-defined]
+                return
+        if not self._stopping:  # type: ignore[attr-defined]
+            raise Deadlock(f"at {self._now:.6f} virtual seconds: everybody waits and nothing can wake anybody")
+
+    def _write_to_self(self) -> None:
+        """Nobody else's thread may wake a virtual loop."""
+
+    def _process_events(self, event_list: object) -> None:
+        """There are no file descriptors."""
+
+
+def run(main: Any) -> Any:
+    """``asyncio.run`` on a fresh VirtualLoop."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)

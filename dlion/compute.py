@@ -1,0 +1,72 @@
+"""The seam of work: where a lane's job runs and how long it is taken to last.
+
+Law: runs callables; knows nothing of what they do. Real lanes are threads; the simulated ones are in ``simulation``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Lane(Enum):
+    """One job at a time per lane; lanes run beside each other."""
+
+    TRAIN = "train"
+    EXCHANGE = "exchange"
+
+
+class Compute(Protocol):
+    """Runs jobs. ``cost_s`` maps a job's result to its modelled duration in seconds; real lanes may ignore it."""
+
+    async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T: ...
+
+    @property
+    def overrun(self) -> float:
+        """Share of modelled time by which this machine was too slow to keep the modelled pace (0: it kept it)."""
+
+    def close(self) -> None: ...
+
+
+class Threads:
+    """A thread per lane. With ``paced`` the train lane pads each job to its modelled duration, errors carried over."""
+
+    def __init__(self, *, paced: bool = False) -> None:
+        self._lanes = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"dlion-{lane.value}") for lane in Lane}
+        self._paced = paced
+        self._due = 0.0
+        self._late = 0.0
+        self._modelled = 0.0
+
+    async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        result = await loop.run_in_executor(self._lanes[lane], job)
+        if self._paced and lane is Lane.TRAIN:
+            await self._pad(loop, started, cost_s(result))
+        return result
+
+    async def _pad(self, loop: asyncio.AbstractEventLoop, started: float, cost_s: float) -> None:
+        """Sleep until the modelled end. A small lateness shortens the next step; a large one is counted as overrun."""
+        begin = self._due if 0.0 <= started - self._due < cost_s else started
+        self._due = begin + cost_s
+        self._modelled += cost_s
+        now = loop.time()
+        if now < self._due:
+            await asyncio.sleep(self._due - now)
+        elif now - self._due > cost_s:
+            self._late += now - self._due - cost_s
+            self._due = now
+
+    @property
+    def overrun(self) -> float:
+        return self._late / self._modelled if self._modelled else 0.0
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,218 @@
+"""The strategy interface: hooks in, actions out. What is said, to whom, when, and what hearing it does.
+
+Law: synchronous and pure. Time arrives as ``ctx.now``, chance as ``ctx.rng``; no socket, no wire, no node, no sleep.
+Hooks run in the exchange lane, one at a time, in the order in which things happened. Only ``Add`` changes weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from dlion.blocks import Block
+from dlion.messages import Message, PeerId, Span
+from dlion.tensors import Flat, Layout
+
+
+@dataclass(frozen=True)
+class Send:
+    """Say ``message`` to the neighbours ``to``. Encoded once however many they are.
+
+    Never waits and is never lost: look at ``LinkView.writable_bytes`` first, and keep what does not fit as owed.
+    """
+
+    to: tuple[PeerId, ...]
+    message: Message
+
+
+@dataclass(frozen=True)
+class Add:
+    """weights += scale * values: the only door to the weights.
+
+    ``values`` is a flat array of the whole model or a Block. ``coverage`` says whose steps these are: it feeds the
+    pace, the staleness figures and the run log. A lockstep pace holds Adds back and applies them, ordered by origin,
+    when the step is complete, so arrays may not be changed by the strategy afterwards.
+    """
+
+    values: Flat | Block
+    scale: float = 1.0
+    coverage: tuple[Span, ...] = ()
+    message: Message | None = None
+    """The message heard that caused this, None for the peer's own doing."""
+
+
+@dataclass(frozen=True)
+class Timer:
+    """Call ``on_timer(key)`` at time ``at`` (seconds, the clock of ``ctx.now``). A later Timer of the same key replaces."""
+
+    at: float
+    key: str
+
+
+Action = Send | Add | Timer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one local step produced.
+
+    ``values``: flat float32, this strategy's own from now on (the trainer does not touch it again): the optimizer's
+    full local step (to be *added*, learning rate and sign applied) or, for ``consumes = "gradient"``, the gradient.
+    """
+
+    step: int
+    values: Flat = field(repr=False)
+    loss: float
+    samples: int
+    learning_rate: float
+    seconds: float
+
+
+@dataclass
+class LinkView:
+    """One live neighbour as a strategy sees it. Read-only for strategies."""
+
+    peer: PeerId
+    cloud: str
+    lan: bool
+    rate_bps: float = 0.0
+    """Measured delivery rate towards the neighbour, bits per second, scaled down where several links share an egress."""
+    rtt_s: float = 0.0
+    writable_bytes: int = 0
+    """What the link can take now without building a queue; falls as the current hook sends."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A living peer (ourselves included), as last heard of."""
+
+    peer: PeerId
+    cloud: str
+    step: int = 0
+    samples_per_s: float = 0.0
+    batch: int = 0
+    loss: float = float("inf")
+    """Mean loss of the last steps."""
+
+
+class Routes(Protocol):
+    """Who carries what to whom (``mesh.bridges``)."""
+
+    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
+        """Neighbours that must hear an update of ``origin_cloud`` which came from ``came_from`` (None: our own)."""
+
+
+@dataclass
+class Context:
+    """All that a hook may know. One object per node, brought up to date before each hook."""
+
+    me: PeerId
+    cloud: str
+    layout: Layout
+    weights: Flat
+    """The replica; read-only view."""
+    rng: np.random.Generator
+    routes: Routes
+    now: float = 0.0
+    step: int = 0
+    """Local steps done."""
+    step_s: float = 0.0
+    """Seconds from one local step to the next, smoothed."""
+    batch: int = 0
+    global_batch: int = 0
+    members: dict[PeerId, Member] = field(default_factory=dict)
+    """Living peers by name, in sorted order, ourselves included."""
+    links: dict[PeerId, LinkView] = field(default_factory=dict)
+    """Living neighbours by name, in sorted order."""
+
+    @property
+    def share(self) -> float:
+        """Our part of the global batch: local batch size / sum of all (Σ over living members = 1)."""
+        return self.share_of(self.me)
+
+    def share_of(self, peer: PeerId) -> float:
+        total = sum(m.batch for m in self.members.values())
+        member = self.members.get(peer)
+        if total == 0 or member is None:
+            return 1.0 / max(len(self.members), 1)
+        return member.batch / total
+
+
+class Exchange:
+    """Base of all strategies. Every hook has a do-nothing default, so a simple strategy stays small.
+
+    Class attributes say what the node must know beforehand; ``__init__`` takes the strategy's own settings as keyword
+    arguments with defaults (they come from ``[exchange]`` of the job or ``--set``), and checks them (ValueError).
+    """
+
+    name: ClassVar[str] = ""
+    pace: ClassVar[str] = "free"
+    """Pace used unless the job says otherwise."""
+    paces: ClassVar[tuple[str, ...]] = ("free", "bounded", "lockstep")
+    """Paces that make sense with this strategy; any other is refused."""
+    consumes: ClassVar[str] = "delta"
+    """``delta``: updates arrive as the optimizer's step; ``gradient``: as the plain gradient."""
+    consensus: ClassVar[bool] = False
+    """True: after a drain all replicas agree to rounding."""
+    speaks: ClassVar[Mapping[str, Mapping[str, type]]] = {}
+    """Message kinds this strategy understands, each with its fields and their types; others are refused unheard."""
+
+    def setup(self, ctx: Context) -> None:
+        """Called once, before anything else: allocate state. ``ctx.weights`` holds the initial weights."""
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        """The peer's own update is ready; nothing has been added yet."""
+        return ()
+
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        """A message that passed admission, exactly once and in order per session."""
+        return ()
+
+    def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        """The link had been full and can take more now. Links that are not full are yours to use in any hook."""
+        return ()
+
+    def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
+        return ()
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        """Somebody came, left, fell silent or died, or a bridge moved: ``members``, ``links``, ``routes`` are new."""
+        return ()
+
+    def ready(self, step: int, ctx: Context) -> bool:
+        """May local step ``step`` (0-based) start, as far as this strategy's round goes? Asked after every hook."""
+        return True
+
+    def view(self, weights: Flat) -> Flat:
+        """Flat weights to evaluate, save and serve. The result may be ``weights`` itself and is not changed."""
+        return weights
+
+    def drain(self, ctx: Context) -> Iterable[Action]:
+        """Training is over: say what is still owed to links that can take it. Called again, after each message and
+        as links take more, until it yields nothing and ``owes`` is False."""
+        return ()
+
+    def owes(self, ctx: Context) -> bool:
+        """True while ``drain`` has more to say to a living neighbour (or waits for one)."""
+        return False
+
+    def state(self) -> dict[str, Any]:
+        """All that must survive a restart: flat arrays and msgpack-able values by name."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        """Inverse of ``state``."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory this strategy keeps in arrays, for the memory account."""
+        return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray)) + sum(
+            a.nbytes
+            for v in vars(self).values()
+            if isinstance(v, dict)
+            for a in v.values()
+            if isinstance(a, np.ndarray)
+        )

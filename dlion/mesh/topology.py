@@ -1,0 +1,83 @@
+"""Who exists and what joins them: micro-clouds, peers, resources and links, as frozen values.
+
+Law: pure data and questions about it. Files are read by ``config``; rates over time are ``net.wan``'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from dlion.messages import PeerId
+from dlion.net.wan import Rate
+
+
+@dataclass(frozen=True)
+class Resource:
+    """A rate over time that links share: a host's egress or ingress, or a path. Bits per second."""
+
+    name: str
+    kind: Literal["egress", "ingress", "path"]
+    rate: Rate
+    owner: PeerId | None = None
+    """The host whose egress or ingress this is; None for a path."""
+
+
+@dataclass(frozen=True)
+class LinkSpec:
+    """One directed link: the resources its bytes cross and the one-way delay."""
+
+    source: PeerId
+    target: PeerId
+    resources: tuple[str, ...] = ()
+    delay_s: float = 0.0
+    up: Rate | None = None
+    """Presence over time: the link is out while this rate is 0; None = always up."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Modelled compute: a step of b samples lasts ``overhead_s`` + b / rate(t), rate in samples per second."""
+
+    samples_per_s: Rate
+    overhead_s: float = 0.0
+
+    def seconds(self, samples: int, start_s: float) -> float:
+        return self.overhead_s + self.samples_per_s.finish(start_s + self.overhead_s, samples) - (
+            start_s + self.overhead_s
+        )
+
+
+@dataclass(frozen=True)
+class PeerSpec:
+    name: PeerId
+    cloud: str
+    speed: Speed | None = None
+    """None: real, unpadded compute."""
+    presence: Rate | None = None
+    """Present while this rate is > 0 (churn traces); None = always."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    name: str
+    peers: Mapping[PeerId, PeerSpec]
+    links: Mapping[tuple[PeerId, PeerId], LinkSpec] = field(default_factory=dict)
+    resources: Mapping[str, Resource] = field(default_factory=dict)
+    talk: Literal["mesh", "bridges", "tree"] = "mesh"
+    """``mesh``: everybody to everybody that a link joins; ``bridges``: one pair per directed pair of micro-clouds;
+    ``tree``: bridges along a spanning tree of the micro-clouds, which forward."""
+
+    @cached_property
+    def clouds(self) -> dict[str, tuple[PeerId, ...]]:
+        """Members of each micro-cloud, both in sorted order."""
+        names = sorted({p.cloud for p in self.peers.values()})
+        return {c: tuple(sorted(p.name for p in self.peers.values() if p.cloud == c)) for c in names}
+
+    def cloud_of(self, peer: PeerId) -> str:
+        return self.peers[peer].cloud
+
+    def lan(self, a: PeerId, b: PeerId) -> bool:
+        return self.peers[a].cloud == self.peers[b].cloud
