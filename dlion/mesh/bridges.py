@@ -1,0 +1,171 @@
+"""Who carries what to whom: the living peers' plan of bridges between micro-clouds.
+
+Law: pure. A plan is a function of the topology, of who lives and of the plan before, so peers that agree on these
+agree on the routes without a word. Knows nothing of what is carried.
+
+Inside a micro-cloud everybody talks to everybody. Two micro-clouds talk through one pair of peers (DLion, HotCloud
+2019). The paper lets the pair run both ways; so does this: one pair serves both directions, hence one session and
+acknowledgements that ride on updates. Which peer is in which pair is our choice: strong first, and spread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
+
+Pair = tuple[PeerId, PeerId]
+CloudPair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The routes of all living peers."""
+
+    cloud_of: Mapping[PeerId, str]
+    """Micro-cloud of every peer, the dead included: their last words are still on the way."""
+    mates: Mapping[PeerId, tuple[PeerId, ...]]
+    """For every living peer, who hears it directly: its micro-cloud, or in a mesh all peers linked to it."""
+    bridges: Mapping[CloudPair, Pair]
+    """(from, to) -> (sender, receiver), both directions of each bridge."""
+    towards: Mapping[CloudPair, str] | None = None
+    """Next micro-cloud on the way (from, to) in the spanning tree; None: every two micro-clouds have their bridge."""
+    mesh: bool = False
+    """True: nothing is ever carried on."""
+
+    def neighbours(self, me: PeerId) -> tuple[PeerId, ...]:
+        """Everybody ``me`` keeps a link with, sorted."""
+        return tuple(sorted({*self.mates.get(me, ()), *self._far_ends(me).values()}))
+
+    def onward(self, me: PeerId, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
+        """Who must hear from ``me`` an update of ``origin_cloud`` that came from ``came_from`` (None: our own)."""
+        if me not in self.mates or (self.mesh and came_from is not None):
+            return ()
+        home = self.cloud_of[me]
+        far_ends = self._far_ends(me)
+        if self.towards is None:
+            over = far_ends if origin_cloud == home else {}
+        else:
+            behind = self.towards.get((home, origin_cloud), self.cloud_of.get(came_from or me))
+            over = {cloud: peer for cloud, peer in far_ends.items() if cloud != behind}
+        from_mate = came_from is not None and self.cloud_of.get(came_from) == home
+        return tuple(sorted({*(() if from_mate else self.mates[me]), *over.values()}))
+
+    def routes(self, me: PeerId) -> PeerRoutes:
+        return PeerRoutes(self, me)
+
+    def _far_ends(self, me: PeerId) -> dict[str, PeerId]:
+        """The bridges of ``me``: the micro-cloud beyond -> its peer."""
+        return {cloud: pair[1] for (_, cloud), pair in self.bridges.items() if pair[0] == me}
+
+
+@dataclass(frozen=True)
+class PeerRoutes:
+    """One peer's part of a plan: what strategies see (``exchange.base.Routes``)."""
+
+    plan: Plan
+    me: PeerId
+
+    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
+        return self.plan.onward(self.me, came_from, origin_cloud)
+
+
+def plan(topology: Topology, live: Mapping[PeerId, float], sticky: Plan | None = None) -> Plan:
+    """The plan for the ``live`` peers (name -> compute power, any unit; the same on all peers).
+
+    ``sticky``: the plan until now; its bridges stay as long as both ends live. In ``bridges``, should two micro-clouds
+    have no link that could bridge them, updates are forwarded along a spanning tree, as in ``tree``.
+    Raises ValueError for a live peer the topology does not know.
+    """
+    if unknown := sorted(set(live) - set(topology.peers)):
+        raise ValueError(f"topology {topology.name!r} has no peer {unknown[0]!r}")
+    cloud_of = {peer: spec.cloud for peer, spec in sorted(topology.peers.items())}
+    if topology.talk == "mesh":
+        mates = {me: tuple(p for p in sorted(live) if p != me and _linked(topology, me, p)) for me in sorted(live)}
+        return Plan(cloud_of, mates, {}, mesh=True)
+    clouds = {
+        c: alive for c, all_of_it in topology.clouds.items() if (alive := tuple(p for p in all_of_it if p in live))
+    }
+    mates = {me: tuple(p for p in clouds[cloud_of[me]] if p != me) for me in sorted(live)}
+    joined = {(a, b): pairs for a, b in combinations(sorted(clouds), 2) if (pairs := _pairs(topology, clouds, a, b))}
+    towards = None
+    if topology.talk == "tree" or len(joined) < len(clouds) * (len(clouds) - 1) // 2:
+        edges = _spanning_tree(topology, joined)
+        joined = {edge: joined[edge] for edge in edges}
+        towards = _next_hops(edges)
+    return Plan(cloud_of, mates, _choose(joined, live, sticky), towards)
+
+
+def _linked(topology: Topology, a: PeerId, b: PeerId) -> bool:
+    return (a, b) in topology.links and (b, a) in topology.links
+
+
+def _pairs(topology: Topology, clouds: Mapping[str, tuple[PeerId, ...]], a: str, b: str) -> list[Pair]:
+    return [pair for pair in product(clouds[a], clouds[b]) if _linked(topology, *pair)]
+
+
+def _choose(
+    joined: Mapping[CloudPair, list[Pair]], power: Mapping[PeerId, float], sticky: Plan | None
+) -> dict[CloudPair, Pair]:
+    """One pair per two micro-clouds: those that still live stay; others go to the least loaded, then the strongest."""
+    kept = sticky.bridges if sticky else {}
+    chosen = {edge: kept[edge] for edge, pairs in joined.items() if kept.get(edge) in pairs}
+    load = Counter(peer for pair in chosen.values() for peer in pair)
+
+    def strength(edge: CloudPair) -> tuple[float, CloudPair]:
+        return -max(power[a] + power[b] for a, b in joined[edge]), edge
+
+    def cost(pair: Pair) -> tuple[int, int, float, Pair]:
+        a, b = load[pair[0]], load[pair[1]]
+        return max(a, b), a + b, -power[pair[0]] - power[pair[1]], pair
+
+    for edge in sorted(joined.keys() - chosen.keys(), key=strength):
+        chosen[edge] = min(joined[edge], key=cost)
+        load.update(chosen[edge])
+    both = {edge: pair for a_b in sorted(chosen) for edge, pair in _both_ways(a_b, chosen[a_b])}
+    return dict(sorted(both.items()))
+
+
+def _both_ways(edge: CloudPair, pair: Pair) -> tuple[tuple[CloudPair, Pair], ...]:
+    return (edge, pair), (edge[::-1], pair[::-1])
+
+
+def _spanning_tree(topology: Topology, joined: Mapping[CloudPair, list[Pair]]) -> list[CloudPair]:
+    """Kruskal over the micro-clouds: least delay first, then most bandwidth, then by name (a forest if need be)."""
+
+    def cost(edge: CloudPair) -> tuple[float, float, CloudPair]:
+        links = [topology.links[pair] for pair in joined[edge]]
+        rates = [min((topology.resources[r].rate.mean for r in k.resources), default=float("inf")) for k in links]
+        return min(k.delay_s for k in links), -max(rates), edge
+
+    root = {cloud: cloud for edge in joined for cloud in edge}
+    tree = []
+    for a, b in sorted(joined, key=cost):
+        if root[a] != root[b]:
+            tree.append((a, b))
+            old = root[b]
+            root.update({cloud: root[a] for cloud in root if root[cloud] == old})
+    return tree
+
+
+def _next_hops(edges: Iterable[CloudPair]) -> dict[CloudPair, str]:
+    """(from, to) -> the neighbour of ``from`` on the way to ``to``, for all pairs a tree connects."""
+    beside: dict[str, list[str]] = {}
+    for a, b in edges:
+        beside.setdefault(a, []).append(b)
+        beside.setdefault(b, []).append(a)
+    hops = {}
+    for goal in sorted(beside):
+        queue, seen = deque([goal]), {goal}
+        while queue:
+            here = queue.popleft()
+            for cloud in beside[here]:
+                if cloud not in seen:
+                    seen.add(cloud)
+                    hops[cloud, goal] = here
+                    queue.append(cloud)
+    return hops
