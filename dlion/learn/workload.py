@@ -5,18 +5,32 @@ Law: knows batches, losses and gradients. Knows no peer, no link, no time. Runs 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-import numpy.typing as npt
 import numpy as np
+import numpy.typing as npt
 
 from dlion.tensors import Flat, Layout, Tensors
 
 Indices = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a set of weights is worth on held-out data."""
+
+    accuracy: float
+    """Share of samples classified rightly, 0 to 1 (or another figure of merit that grows to 1)."""
+    loss: float
+    samples: int
+    per_class: tuple[float, ...] = ()
+    """Accuracy of each class, where there are classes; nan for one without samples."""
+
+
 class Workload(Protocol):
-    """A model, its loss and this peer's part of the data. All arrays float32; the flat buffer is ``layout.size`` long."""
+    """A model, its loss and this peer's part of the data. All arrays float32; flat buffers are ``layout.size`` long."""
 
     @property
     def layout(self) -> Layout: ...
@@ -42,7 +56,30 @@ class Workload(Protocol):
         """Accuracy and loss on the held-out set (its first ``limit`` samples)."""
 
 
-class Evaluation(Protocol):
-    accuracy: float
-    loss: float
-    samples: int
+@dataclass(frozen=True)
+class WorkloadSpec:
+    """Which workload, and its settings. A workload reads those that concern it; ``None`` is its own default."""
+
+    name: str
+    """A built-in name, or ``package.module:factory`` for a user's own."""
+    hidden: tuple[int, ...] | None = None
+    """Widths of the hidden layers; ``()`` is softmax regression."""
+    size: int = 64
+    """Dimensions of the toy quadratic."""
+    partition: str = "iid"
+    """``iid``, ``dirichlet`` (skewed labels) or ``writer`` (mnist only)."""
+    alpha: float = 1.0
+    """Concentration of the Dirichlet partition: small is skewed, large is even."""
+    seed: int = 0
+    """Of the data: split, partition, limit. Must be the same on all peers."""
+    data_dir: Path | None = None
+    train_limit: int | None = None
+    """Use only that many training samples, drawn by ``seed``."""
+
+    def __post_init__(self) -> None:
+        if not self.alpha > 0:
+            raise ValueError(f"workload: alpha must be above 0, not {self.alpha}")
+        if self.size < 1 or (self.train_limit is not None and self.train_limit < 1):
+            raise ValueError("workload: size and train_limit must be at least 1")
+        if self.hidden is not None and any(width < 1 for width in self.hidden):
+            raise ValueError(f"workload: hidden widths must be at least 1, not {self.hidden}")

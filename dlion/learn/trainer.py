@@ -1,0 +1,133 @@
+"""The step loop's inside: next batch, gradient, optimizer.
+
+Law: runs in the train lane only; reads the snapshot it is given and never writes it; knows no peer, link or time.
+The order of the data is a pure function of seed and cursor, so a logged cursor is enough to replay a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dlion.learn.optimizers import Optimizer
+from dlion.learn.schedules import Schedule
+from dlion.learn.workload import Indices, Workload
+from dlion.tensors import Flat
+
+SPARE_BUFFERS_MAX = 4
+"""Recycled buffers kept: one per step under way in the exchange lane is enough, with some slack."""
+
+
+class Cursor(NamedTuple):
+    """Where in the shuffled passes over the shard a batch begins."""
+
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one local step produced. ``values`` belongs to the caller."""
+
+    values: Flat = field(repr=False)
+    loss: float
+    samples: int
+    learning_rate: float
+    cursor: Cursor
+    """Of the first sample of this step's batch."""
+
+
+def peer_seed(seed: int, peer: str) -> int:
+    """A seed of a peer's own: equal in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{peer}".encode(), digest_size=8).digest())
+
+
+class Order:
+    """An endless sequence of shuffled passes over ``size`` samples; each pass is drawn from (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError("this peer has no training samples")
+        self._size = size
+        self._seed = seed
+        self.seek(Cursor(0, 0))
+
+    @property
+    def cursor(self) -> Cursor:
+        """Of the sample that comes next."""
+        return Cursor(self._epoch, self._position)
+
+    def seek(self, cursor: Cursor) -> None:
+        if cursor.epoch < 0 or not 0 <= cursor.position < self._size:
+            raise ValueError(f"{cursor} does not fit a shard of {self._size} samples")
+        self._epoch, self._position = cursor
+        self._pass = self._shuffled(self._epoch)
+
+    def take(self, count: int) -> Indices:
+        """The next ``count`` samples, running on into the next pass where this one ends."""
+        if count < 1:
+            raise ValueError(f"a batch needs at least one sample, not {count}")
+        pieces: list[Indices] = []
+        while count:
+            piece = self._pass[self._position : self._position + count]
+            pieces.append(piece)
+            count -= len(piece)
+            self._position += len(piece)
+            if self._position == self._size:
+                self.seek(Cursor(self._epoch + 1, 0))
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _shuffled(self, epoch: int) -> Indices:
+        return np.random.default_rng((self._seed, epoch)).permutation(self._size)
+
+
+class Trainer:
+    """One peer's local training: a workload, an optimizer, a schedule and an order of the data."""
+
+    def __init__(self, workload: Workload, optimizer: Optimizer, schedule: Schedule, rng_seed: int) -> None:
+        self._workload = workload
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._order = Order(workload.train_size, rng_seed)
+        self._spare: deque[Flat] = deque(maxlen=SPARE_BUFFERS_MAX)
+
+    def step(self, snapshot: Flat, batch: int, global_samples: float) -> StepResult:
+        """One step on ``batch`` samples at the rate for ``global_samples``. ``snapshot`` is read only."""
+        cursor = self._order.cursor
+        indices = self._order.take(batch)
+        rate = self._schedule(global_samples)
+        gradient = self._buffer()
+        loss = self._workload.gradient(snapshot, indices, gradient)
+        values = self._optimizer.step(gradient, snapshot, rate)
+        return StepResult(values, loss, batch, rate, cursor)
+
+    def recycle(self, buffer: Flat) -> None:
+        """Hand back a result's ``values`` that nobody reads any more: touching fresh pages costs more than a copy.
+
+        May be called from another lane (one at a time).
+        """
+        if buffer.shape != (self._workload.layout.size,) or buffer.dtype != np.float32 or not buffer.flags.writeable:
+            raise ValueError("recycle takes buffers that came from step")
+        if not any(kept is buffer for kept in tuple(self._spare)):
+            self._spare.append(buffer)
+
+    def _buffer(self) -> Flat:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return np.empty(self._workload.layout.size, dtype=np.float32)
+
+    def state(self) -> dict[str, Any]:
+        """Cursor and optimizer: with the weights, all that is needed to go on bit by bit."""
+        return {"cursor": list(self._order.cursor), "optimizer": self._optimizer.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``; raises ValueError when the cursor does not fit the shard."""
+        epoch, position = state["cursor"]
+        self._order.seek(Cursor(int(epoch), int(position)))
+        self._optimizer.restore(state["optimizer"])
