@@ -2,20 +2,31 @@
 
 Law: pure NumPy on arrays; no wire format, no time. A Block knows what its receiver will add (``values``) and the most
 bytes it can take; residuals subtract ``Block.values``, never the raw numbers.
+
+Positions are priced as Elias-Fano codes (``index_bytes``), whose size is known before they are encoded: that is why a
+budget can be met without a guess. ``wire`` writes them so.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from dlion.tensors import Flat
+from dlion.selection import Positions, Spectrum
+from dlion.tensors import CHUNK, Flat, Layout, add_scaled
 
 GROUP = 256
 """Entries that share one scale in the integer encodings."""
+HEADER_BYTES_MAX = 40
+"""What a block's header and its padding can take beyond its body."""
+F16_MAX = 65504.0
+SCALE_MAX = float(np.finfo(np.float32).max) / 128
+"""No larger scale is written or accepted: code * scale then stays finite."""
 
 
 class Encoding(IntEnum):
@@ -23,6 +34,44 @@ class Encoding(IntEnum):
     F16 = 1
     I8 = 2
     I4 = 3
+
+
+_TOP_CODE = {Encoding.I8: 127, Encoding.I4: 7}
+
+
+def value_bytes(encoding: Encoding, count: int) -> int:
+    """Bytes of ``count`` values: the scales, then the codes."""
+    if encoding is Encoding.F32:
+        return 4 * count
+    if encoding is Encoding.F16:
+        return 2 * count
+    codes = count if encoding is Encoding.I8 else (count + 1) // 2
+    return codes + 4 * -(-count // GROUP)
+
+
+def low_bits(count: int, size: int) -> int:
+    """Low bits per position in the Elias-Fano code of ``count`` positions below ``size``; 0 stands for a bitmap."""
+    if count == 0:
+        return 0
+    low = (size // count).bit_length() - 1
+    return low if low > 0 and count * (low + 1) + ((size - 1) >> low) + 1 < size else 0
+
+
+def index_bytes(count: int, size: int) -> int:
+    """Bytes of ``count`` strictly ascending positions below ``size``: within 1.12 of the entropy from 0.1 % to 10 %."""
+    if count == 0:
+        return 0
+    low = low_bits(count, size)
+    if low == 0:
+        return (size + 7) // 8
+    return (count * low + 7) // 8 + (count + ((size - 1) >> low) + 1 + 7) // 8
+
+
+def block_bytes(encoding: Encoding, size: int, count: int | None = None) -> int:
+    """The most bytes of a block over ``size`` entries: dense, or sparse with ``count`` of them."""
+    if count is None:
+        return HEADER_BYTES_MAX + value_bytes(encoding, size)
+    return HEADER_BYTES_MAX + value_bytes(encoding, count) + index_bytes(count, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +82,9 @@ class Block:
     size: int
     encoding: Encoding
     codes: npt.NDArray[np.generic]
+    """F32, F16: the numbers; I8: int8; I4: uint8, two codes each (+8, the lower nibble first)."""
     scales: Flat | None
+    """One for each ``GROUP`` entries in the integer encodings, else None."""
     indices: npt.NDArray[np.uint32] | None
     """Strictly ascending, relative to ``start``; None: dense."""
     scanned: int = 0
@@ -41,32 +92,183 @@ class Block:
 
     @property
     def count(self) -> int:
-        raise NotImplementedError
+        return self.size if self.indices is None else len(self.indices)
 
-    @property
+    @cached_property
     def values(self) -> Flat:
-        """What the receiver will add, float32, ``count`` long. Computed once."""
-        raise NotImplementedError
+        """What the receiver will add, float32, ``count`` long; the same bits on both sides. Read only."""
+        if self.encoding is Encoding.F32:
+            return self.codes  # type: ignore[return-value]
+        if self.scales is None:
+            return self.codes.astype(np.float32)
+        codes = self.codes if self.encoding is Encoding.I8 else _unpack_nibbles(self.codes, self.count)
+        values = codes.astype(np.float32)
+        whole = len(values) // GROUP
+        rows = values[: whole * GROUP].reshape(whole, GROUP)
+        np.multiply(rows, self.scales[:whole, None], out=rows)
+        values[whole * GROUP :] *= self.scales[whole:]
+        return values
 
     @property
     def nbytes_max(self) -> int:
-        raise NotImplementedError
+        """The most bytes this block can add to an encoded message, its header included."""
+        return block_bytes(self.encoding, self.size, None if self.indices is None else len(self.indices))
 
     def add_to(self, flat: Flat, scale: float = 1.0) -> None:
         """flat[range] += scale * values."""
-        raise NotImplementedError
+        target = flat[self.start : self.start + self.size]
+        if self.indices is None:
+            add_scaled(target, self.values, scale)
+        else:
+            target[self.indices] += self.values if scale == 1.0 else self.values * np.float32(scale)
 
 
 def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0) -> Block:
-    raise NotImplementedError
+    """All of ``array`` (1-d float32). Raises ValueError when an entry is NaN or infinite."""
+    codes, scales = _quantise(array, encoding)
+    return Block(start, array.size, encoding, codes, scales, None, array.size)
 
 
-def sparse(array: Flat, indices: npt.NDArray[np.uint32], encoding: Encoding = Encoding.I8, *, start: int = 0) -> Block:
-    raise NotImplementedError
+def sparse(
+    array: Flat, indices: npt.NDArray[np.integer], encoding: Encoding = Encoding.I8, *, start: int = 0, scanned: int = 0
+) -> Block:
+    """``array[indices]`` of the range ``array``; indices strictly ascending. Raises ValueError as ``dense`` does."""
+    codes, scales = _quantise(array[indices], encoding)
+    return Block(start, array.size, encoding, codes, scales, indices.astype(np.uint32), scanned or len(indices))
 
 
 def compress(
-    array: Flat, budget_bytes: int, *, encoding: Encoding = Encoding.I8, start: int = 0, scales: Flat | None = None
+    array: Flat,
+    budget_bytes: int,
+    *,
+    encoding: Encoding = Encoding.I8,
+    start: int = 0,
+    scales: Flat | None = None,
+    spectrum: Spectrum | None = None,
 ) -> Block | None:
-    """The most useful part of ``array`` that fits ``budget_bytes``."""
-    raise NotImplementedError
+    """The largest entries of ``array`` that fit ``budget_bytes``; everything, when that fits.
+
+    ``scales`` (same shape) multiplies the magnitudes that are compared, not what is sent. Pass one ``spectrum`` of the
+    array to several calls, the largest budget first, and it is scanned once. None: not even one entry fits, or all
+    are zero. Raises ValueError when an entry is NaN or infinite.
+    """
+    spectrum = spectrum or Spectrum(array, weights=scales)
+    before = spectrum.scanned
+    count = entries_within(budget_bytes, array.size, encoding)
+    if count == 0:
+        return None
+    positions, _ = spectrum.top(count)
+    return _best(array, positions, encoding, budget_bytes, start, spectrum.scanned - before)
+
+
+def max_n(
+    array: Flat,
+    layout: Layout,
+    budget_bytes: int,
+    *,
+    n_min: float = 0.85,
+    n_fixed: float | None = None,
+    encoding: Encoding = Encoding.F32,
+    spectrum: Spectrum | None = None,
+) -> tuple[Block | None, float]:
+    """DLion's Max N (Hong & Chandra, HPDC 2021): of each tensor the entries with |g| >= (1 - N/100) * max|g|.
+
+    N (0 to 100) is the largest that fits ``budget_bytes``, but never below ``n_min``: that floor on what is worth
+    saying may exceed the budget. ``n_fixed`` asks for just that N whatever it costs. Returns the block (None when all
+    is zero) and the N used. ``spectrum``: as for ``compress``, made with the layout. Raises ValueError likewise.
+    """
+    spectrum = spectrum or Spectrum(array, layout)
+    before = spectrum.scanned
+    floor = n_min if n_fixed is None else n_fixed
+    count = entries_within(budget_bytes, array.size, encoding) if n_fixed is None else 0
+    positions, keys = spectrum.top(count)
+    everything = len(positions) < count or count == array.size
+    n_used = 100.0 if everything else 100.0 * (1.0 - float(keys.min())) if len(keys) else 0.0
+    if n_used < floor:
+        positions, _ = spectrum.at_least(1.0 - floor / 100.0)
+        n_used = floor
+    return _best(array, positions, encoding, budget_bytes, 0, spectrum.scanned - before), n_used
+
+
+def entries_within(budget_bytes: int, size: int, encoding: Encoding) -> int:
+    """How many of ``size`` entries fit ``budget_bytes``: ``size`` when a dense block does, else sparse ones."""
+    if block_bytes(encoding, size) <= budget_bytes:
+        return size
+    fits, too_many = 0, size
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if block_bytes(encoding, size, middle) <= budget_bytes:
+            fits = middle
+        else:
+            too_many = middle
+    return fits
+
+
+def _best(
+    array: Flat, positions: Positions, encoding: Encoding, budget_bytes: int, start: int, scanned: int
+) -> Block | None:
+    """Dense when that is no larger than sparse, for the same entries and more."""
+    if len(positions) == 0:
+        return None
+    if block_bytes(encoding, array.size) <= block_bytes(encoding, array.size, len(positions)):
+        return dense(array, encoding, start=start)
+    return sparse(array, positions, encoding, start=start, scanned=scanned)
+
+
+def _quantise(values: Flat, encoding: Encoding) -> tuple[npt.NDArray[np.generic], Flat | None]:
+    if encoding is Encoding.I8 or encoding is Encoding.I4:
+        codes, scales = _to_integers(values, _TOP_CODE[encoding])
+        return (codes if encoding is Encoding.I8 else _pack_nibbles(codes)), scales
+    if not all_finite(values):
+        raise ValueError("an entry is NaN or infinite")
+    if encoding is Encoding.F32:
+        return np.ascontiguousarray(values, dtype=np.float32).copy(), None
+    return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16), None
+
+
+def _to_integers(values: Flat, top: int) -> tuple[npt.NDArray[np.int8], Flat]:
+    """Codes in [-top, top] and one scale (largest magnitude / top) per group; a group of zeros has scale 0."""
+    count = len(values)
+    groups = -(-count // GROUP)
+    codes = np.empty(count, dtype=np.int8)
+    scales = np.empty(groups, dtype=np.float32)
+    scratch = np.zeros(min(CHUNK, groups * GROUP), dtype=np.float32)
+    for lo in range(0, count, CHUNK):
+        piece = values[lo : lo + CHUNK]
+        first, here = lo // GROUP, -(-len(piece) // GROUP)
+        padded = scratch[: here * GROUP]
+        padded[: len(piece)] = piece
+        padded[len(piece) :] = 0
+        rows = padded.reshape(here, GROUP)
+        peaks = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+        if not np.isfinite(peaks).all():
+            raise ValueError("an entry is NaN or infinite")
+        steps = np.minimum(peaks / np.float32(top), np.float32(SCALE_MAX))
+        scales[first : first + here] = steps
+        steps[steps == 0] = 1
+        rows /= steps[:, None]
+        np.rint(rows, out=rows)
+        np.clip(rows, -top, top, out=rows)
+        codes[lo : lo + len(piece)] = padded[: len(piece)]
+    return codes, scales
+
+
+def _pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    raised = (codes + 8).view(np.uint8)
+    packed = raised[0::2].copy()
+    packed[: len(raised) // 2] |= raised[1::2] << 4
+    return packed
+
+
+def _unpack_nibbles(packed: npt.NDArray[np.generic], count: int) -> npt.NDArray[np.int8]:
+    pairs = packed.view(np.uint8)
+    codes = np.empty(2 * len(pairs), dtype=np.int8)
+    codes[0::2] = pairs & 15
+    codes[1::2] = pairs >> 4
+    codes -= 8
+    return codes[:count]
+
+
+def all_finite(values: Flat) -> bool:
+    """No NaN and no infinity. One pass without a temporary; only a sum that overflows needs a closer look."""
+    return math.isfinite(np.dot(values, values)) or bool(np.isfinite(values).all())
