@@ -69,6 +69,11 @@ class Topology:
     talk: Literal["mesh", "bridges", "tree"] = "mesh"
     """``mesh``: everybody to everybody that a link joins; ``bridges``: one pair per directed pair of micro-clouds;
     ``tree``: bridges along a spanning tree of the micro-clouds, which forward."""
+    addresses: Mapping[PeerId, str] = field(default_factory=dict)
+    """``host:port`` of the peers whose place is fixed."""
+    about: str = ""
+    digest: str = ""
+    """sha256 of the file (and traces) this was read from; "" when made by hand."""
 
     @cached_property
     def clouds(self) -> dict[str, tuple[PeerId, ...]]:

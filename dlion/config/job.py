@@ -1,0 +1,273 @@
+"""A job file: what is trained, how, and for how long; and the layers that may overrule it.
+
+Law: values and their cross checks. A strategy's own settings pass through unread: the strategy validates them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from dlion.config.errors import did_you_mean, one_of
+from dlion.config.find import find
+from dlion.config.reader import Reader, Text, join, read_toml
+from dlion.config.units import Bytes, Count, Positive, PositiveSeconds, Seconds, Share
+
+
+def plain(name: str) -> str | None:
+    """``until_s`` is ``until`` in a file: there, the value carries its unit."""
+    return name.removesuffix("_s") if name.endswith("_s") and not name.endswith("per_s") else None
+
+
+class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=plain):
+    """Base of all tables of all files."""
+
+
+class JobTable(Table, frozen=True):
+    name: str = ""
+    """Default: the file's name."""
+    workload: str = "digits"
+    """A built-in workload, or ``module:factory``."""
+    until_s: PositiveSeconds = 60.0
+    seed: Count = 0
+
+
+class Data(Table, frozen=True):
+    dir: str = ""
+    """Where the workload's files are; "" for those that need none."""
+    partition: Literal["iid", "dirichlet", "writer"] = "iid"
+    alpha: Annotated[float, Meta(gt=0)] = 0.5
+    """Concentration of the Dirichlet partition: smaller is more skewed."""
+    train_limit: Count = 0
+    """Use only the first so many training samples; 0 = all."""
+
+
+class Model(Table, frozen=True):
+    hidden: tuple[Positive, ...] = (512, 512)
+    """Widths of the MLP's hidden layers; empty = softmax regression."""
+    size: Positive = 1000
+    """Parameters of the toy workload."""
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Handed to a ``module:factory`` workload as keyword arguments."""
+
+
+class Train(Table, frozen=True):
+    batch: Positive = 64
+    """Initial samples per step of each peer."""
+    learning_rate: Annotated[float, Meta(gt=0)] = 0.1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
+    betas: tuple[Annotated[float, Meta(ge=0, lt=1)], Annotated[float, Meta(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Meta(gt=0)] = 1e-8
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Of the learning rate, over samples that all peers together have trained on."""
+    warmup_samples: Count = 0
+    decay_samples: Count = 0
+    """cosine: where the curve ends; step: samples from one decay to the next."""
+    decay_factor: Share = 0.1
+    """cosine: the share of the learning rate left at the end; step: the factor of each decay."""
+
+
+class Batching(Table, frozen=True):
+    mode: Literal["fixed", "weighted"] = "weighted"
+    """weighted: local batches follow compute power (DLion's local controller)."""
+    global_start: Count = 0
+    """Global batch at the start; 0 = batch times peers."""
+    growth: bool = True
+    """DLion's global controller: add up to ``warm_until``, then multiply up to ``speed_until``."""
+    warm_add: Positive = 64
+    warm_until: Share = 0.01
+    """Share of the training set that the global batch reaches by addition."""
+    speed_factor: Annotated[float, Meta(gt=1)] = 1.5
+    speed_until: Share = 0.1
+    """Share of the training set that it reaches by multiplication."""
+    period_s: PositiveSeconds = 10.0
+    """From one adjustment to the next."""
+    weighting: Literal["global", "ratio", "none"] = "global"
+    """How a peer's update counts: its share of the global batch (unbiased), the paper's ratio, or equally."""
+
+
+class ExchangeTable(Table, frozen=True):
+    name: str = "dlion"
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
+    """The strategy's own; a layer that names another strategy leaves these behind."""
+
+
+class PaceTable(Table, frozen=True):
+    name: str = ""
+    """"" = the strategy's default."""
+    staleness: Count = 5
+    spare: Count = 1
+
+
+class Evaluate(Table, frozen=True):
+    every_s: PositiveSeconds = 5.0
+    samples: Count = 0
+    """Of the held-out set; 0 = all."""
+    targets: tuple[Share, ...] = (0.8, 0.85, 0.9)
+    """Accuracies whose times are reported."""
+
+
+class NodeTable(Table, frozen=True):
+    heartbeat_s: PositiveSeconds = 1.0
+    suspect_after_s: PositiveSeconds = 5.0
+    status_every_s: PositiveSeconds = 1.0
+    hello_timeout_s: PositiveSeconds = 10.0
+    dial_backoff_min_s: PositiveSeconds = 0.1
+    dial_backoff_max_s: PositiveSeconds = 5.0
+    drain_s: Seconds = 20.0
+    queue_s: PositiveSeconds = 0.1
+    """Seconds of a link's rate that may be in flight beyond its shortest round trip."""
+    unacked_bytes_max: Bytes = 64 << 20
+
+
+class Budget(Table, frozen=True):
+    """Hard limits on what may leave this peer's micro-cloud; absent = none."""
+
+    wan_bytes_per_s: Bytes | None = None
+    wan_bytes_per_day: Bytes | None = None
+
+
+class Job(Table, frozen=True):
+    job: JobTable = JobTable()
+    data: Data = Data()
+    model: Model = Model()
+    train: Train = Train()
+    batching: Batching = Batching()
+    exchange: ExchangeTable = ExchangeTable()
+    pace: PaceTable = PaceTable()
+    evaluate: Evaluate = Evaluate()
+    node: NodeTable = NodeTable()
+    budget: Budget = Budget()
+
+
+SECTIONS = Job.__struct_fields__
+_SEPARATOR = "__"
+
+
+def load_job(
+    name_or_path: str | Path,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> Job:
+    """The job with its layers: flags > environment > ./dlion.toml > user's config.toml > job file > defaults.
+
+    ``flags`` maps key paths (``train.learning_rate``) to values or to text as typed. ``environ`` defaults to the
+    process's, ``directory`` (of ``dlion.toml``) to the current one. Raises ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    found = find("job", name_or_path)
+    layers = [(str(found.path), read_toml(found.path))]
+    layers += [(str(p), read_toml(p)) for p in _files(environ, directory or Path()) if p.is_file()]
+    layers += _environment(environ)
+    layers += [(f"flag {key}", _nested(key.split("."), _text(value))) for key, value in (flags or {}).items()]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        _settings_belong_to_name(merged, layer)
+        _merge(merged, layer, origin, origins)
+    reader = Reader(str(found.path), origins)
+    job = reader.struct(merged, Job)
+    _check(job, reader)
+    if not job.job.name:
+        job = msgspec.structs.replace(job, job=msgspec.structs.replace(job.job, name=found.name))
+    return job
+
+
+def config_hash(*parts: Any) -> str:
+    """sha256 of the parts (structs, dataclasses, plain values) as canonical JSON."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.to_builtins(parts), order="deterministic")).hexdigest()
+
+
+def job_hash(job: Job) -> str:
+    """sha256 of what all peers of a run must agree on; where the data lies and when to stop is each one's own."""
+    data = msgspec.structs.replace(job.data, dir="")
+    return config_hash(job.job.workload, job.job.seed, data, job.model, job.train, job.batching, job.exchange, job.pace)
+
+
+def _files(environ: Mapping[str, str], directory: Path) -> tuple[Path, ...]:
+    home = environ.get("XDG_CONFIG_HOME") or str(Path(environ.get("HOME") or "~").expanduser() / ".config")
+    return Path(home) / "dlion" / "config.toml", directory / "dlion.toml"
+
+
+def _environment(environ: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]:
+    """One layer per ``DLION_SECTION__KEY``."""
+    found = []
+    for name in sorted(environ):
+        if name.startswith("DLION_") and _SEPARATOR in name:
+            keys = name.removeprefix("DLION_").lower().split(_SEPARATOR)
+            found.append((f"environment {name}", _nested(keys, Text(environ[name]))))
+    return found
+
+
+def _nested(keys: list[str], value: object) -> dict[str, Any]:
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def _text(value: object) -> object:
+    return Text(value) if isinstance(value, str) else value
+
+
+def _settings_belong_to_name(merged: dict[str, Any], layer: dict[str, Any]) -> None:
+    """A layer that names another strategy does not inherit the settings written for the old one."""
+    old, new = merged.get("exchange"), layer.get("exchange")
+    if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
+        old.pop("settings", None)
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any], origin: str, origins: dict[str, str], key: str = "") -> None:
+    for name, value in layer.items():
+        path = join(key, name)
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            _merge(into[name], value, origin, origins, path)
+        elif isinstance(value, dict):
+            into[name] = {}
+            origins.setdefault(path, origin)
+            _merge(into[name], value, origin, origins, path)
+        else:
+            into[name] = value
+            origins[path] = origin
+
+
+def _check(job: Job, reader: Reader) -> None:
+    """What no single field can know."""
+    t, b, n = job.train, job.batching, job.node
+    module, colon, factory = job.job.workload.partition(":")
+    if not module or (colon and not factory):
+        raise reader.error("job.workload", f'found "{job.job.workload}"', 'a workload\'s name or "module:factory"')
+    if t.nesterov and not t.momentum:
+        raise reader.error("train.nesterov", "found true with momentum 0", "momentum above 0")
+    if t.schedule != "constant" and not t.decay_samples:
+        raise reader.error("train.decay_samples", "found 0", f"above 0 for the {t.schedule} schedule")
+    if t.schedule == "cosine" and t.warmup_samples >= t.decay_samples:
+        raise reader.error("train.warmup_samples", f"found {t.warmup_samples}", f"below {t.decay_samples}")
+    if b.warm_until > b.speed_until:
+        raise reader.error("batching.warm_until", f"found {b.warm_until}", f"at most speed_until = {b.speed_until}")
+    if n.dial_backoff_min_s > n.dial_backoff_max_s:
+        raise reader.error("node.dial_backoff_min", f"found {n.dial_backoff_min_s}", f"at most {n.dial_backoff_max_s}")
+    if n.suspect_after_s <= n.heartbeat_s:
+        raise reader.error("node.suspect_after", f"found {n.suspect_after_s}", f"above heartbeat = {n.heartbeat_s}")
+
+
+def set_flag(text: str) -> tuple[str, str]:
+    """``section.key=value`` as typed after ``--set``. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    section = key.partition(".")[0]
+    if not equals or "." not in key or section not in SECTIONS:
+        reader = Reader(f"flag --set {text}")
+        raise reader.error(
+            "", f'found "{text}"', f"section.key=value, section {one_of(SECTIONS)}", did_you_mean(section, SECTIONS)
+        )
+    return key.strip(), value.strip()
