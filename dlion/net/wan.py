@@ -144,7 +144,7 @@ class Rate:
             return t0
         if self._constant is not None:
             return t0 + amount / self._constant if self._constant else math.inf
-        x, loops = t0 - self.origin_s, 0.0
+        x = t0 - self.origin_s
         if not self.looped:
             return max(t0, self.origin_s + self._inverse(self._within(x) + amount))
         loops, x = divmod(x, self.period_s)
