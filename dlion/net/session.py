@@ -1,0 +1,368 @@
+"""A session: every message exactly once and in order per stream, over links that come and go.
+
+Law: a state machine of bytes and times; no loop, no socket, no meaning of a message. One session lives as long as a
+pair of incarnations of two peers, each end in its own process. A lost link loses nothing: ``cursors`` tell the other
+end where to go on, ``resume`` goes on. What is not acknowledged is kept, what is acknowledged is dropped.
+
+Streams are numbers; a lower one overtakes a higher one between chunks. Stream 0 (control) is small and is not held back
+by the window; the others together never have more unacknowledged than the link can use.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dlion.net.chunks import (
+    ACK,
+    BYE,
+    DATA,
+    HEADER,
+    LENGTH,
+    LENGTH_BYTES,
+    PING,
+    PONG,
+    STREAMS,
+    Bye,
+    ChunkReader,
+    Frame,
+    ProtocolError,
+    Received,
+)
+from dlion.net.rate import Flight, RateEstimator
+
+Buffer = bytes | bytearray | memoryview
+CONTROL = 0
+ACK_BYTES = 64 * 1024
+MICROSECONDS = 1_000_000
+HELD_US_MAX = 2**32 - 1
+NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Every bound of a session."""
+
+    message_bytes_max: int = 1 << 30
+    control_message_bytes_max: int = 1 << 20
+    queued_bytes_max: int = 4 << 30
+    """What a stream holds: not acknowledged, sent or not."""
+    unacked_bytes_max: int = 64 << 20
+    """Most bytes in flight, whatever the rate says."""
+    window_bytes_initial: int = 64 * 1024
+    """In flight until the link has shown its rate."""
+    chunk_bytes_min: int = 8 * 1024
+    chunk_bytes_max: int = 1 << 20
+    chunk_s: float = 0.025
+    queue_s: float = 0.09
+    """The queue we build in front of the bottleneck; a control message waits so long at most, and a chunk more."""
+    ack_held_s_max: float = 0.02
+    ack_held_s_min: float = 0.005
+
+    def __post_init__(self) -> None:
+        if not LENGTH_BYTES < self.chunk_bytes_min <= min(self.chunk_bytes_max, self.unacked_bytes_max):
+            raise ValueError("limits of a session: chunk_bytes_min is above chunk_bytes_max or unacked_bytes_max")
+
+
+class SessionFullError(Exception):
+    """A stream already holds as many unacknowledged bytes as it may."""
+
+
+class _Outbound:
+    """The sending end of one stream. A message takes the places ``start`` to ``start + LENGTH_BYTES + body``."""
+
+    __slots__ = ("acked", "count", "end", "flights", "flying", "reached", "sent", "waiting")
+
+    def __init__(self) -> None:
+        self.acked = self.sent = self.end = self.count = 0
+        self.reached = 0
+        """The most that was ever sent: above ``sent`` while a new link repeats what the old one may have delivered."""
+        self.waiting: deque[tuple[int, memoryview]] = deque()
+        """Messages not wholly sent."""
+        self.flying: deque[tuple[int, memoryview]] = deque()
+        """Messages wholly sent, not wholly acknowledged."""
+        self.flights: deque[tuple[int, Flight]] = deque()
+
+    def drop_acked(self, cursor: int) -> Flight | None:
+        """The other end has everything before ``cursor``; returns the newest chunk that lies wholly before it."""
+        self.acked = cursor
+        _drop_before(self.flying, cursor)
+        if cursor > self.sent:
+            self.sent = cursor
+            _drop_before(self.waiting, cursor)
+        flights, flight = self.flights, None
+        while flights and flights[0][0] <= cursor:
+            flight = flights.popleft()[1]
+        return flight
+
+    def rewind(self, cursor: int) -> None:
+        """Nothing after ``cursor`` arrived: all of it waits again."""
+        self.flights.clear()
+        self.waiting.extendleft(reversed(self.flying))
+        self.flying.clear()
+        _drop_before(self.waiting, cursor)
+        self.acked = self.sent = cursor
+
+
+def _drop_before(messages: deque[tuple[int, memoryview]], cursor: int) -> None:
+    """Drop the messages that end at or before ``cursor``."""
+    while messages and messages[0][0] + LENGTH_BYTES + messages[0][1].nbytes <= cursor:
+        messages.popleft()
+
+
+class Session:
+    """Both directions of the talk with one incarnation of one peer. ``now`` is the caller's clock in seconds."""
+
+    def __init__(self, limits: SessionLimits, now: float) -> None:
+        self.limits = limits
+        self.estimate = RateEstimator(limits.queue_s, now)
+        bulk = (limits.message_bytes_max,) * (STREAMS - 1)
+        self._reader = ChunkReader((limits.control_message_bytes_max, *bulk))
+        self._out = [_Outbound() for _ in range(STREAMS)]
+        self._ack_at = NEVER
+        """When an acknowledgement must leave; NEVER when none is owed."""
+        self._unacked_arrivals = [0] * STREAMS
+        self._acked_cursors = [0] * STREAMS
+        self._arrived_at = now
+        self._ping: int | None = None
+        self._pong: int | None = None
+        self._ping_wanted = False
+        self.peer_bye: Bye | int | None = None
+
+    # What the owner says ---------------------------------------------------------------------------------------
+
+    def send(self, stream: int, body: Buffer, now: float) -> int:
+        """Queue one message; its number in the stream, from 1. ``body`` may not change until it is acknowledged.
+
+        Raises SessionFullError, and ValueError for a body above the limit of its stream.
+        """
+        out = self._out[stream]
+        view = memoryview(body)
+        if view.format != "B" or view.ndim != 1:
+            view = view.cast("B")
+        limits = self.limits
+        if view.nbytes > (limits.message_bytes_max if stream else limits.control_message_bytes_max):
+            raise ValueError(f"a message of {view.nbytes} bytes is too long for stream {stream}")
+        total = LENGTH_BYTES + view.nbytes
+        if out.end - out.acked + total > limits.queued_bytes_max:
+            raise SessionFullError(f"stream {stream} holds {out.end - out.acked} bytes that are not acknowledged")
+        out.waiting.append((out.end, view))
+        out.end += total
+        out.count += 1
+        return out.count
+
+    def ping(self) -> None:
+        """Send a PING with the next bytes: a sign of life, and a round-trip time when it comes back."""
+        self._ping_wanted = True
+
+    def bye(self, code: Bye) -> bytes:
+        """The frame that says why the link is closed; nothing may follow it."""
+        return HEADER.pack(BYE, 0, 0, code, 0)
+
+    def cursors(self) -> dict[int, int]:
+        """Bytes received per stream, for Hello: there the other end goes on."""
+        return self._reader.cursors()
+
+    def resume(self, peer_cursors: Mapping[int, int], now: float) -> None:
+        """A new link: go on where ``peer_cursors`` (an absent stream is 0) say. Raises ProtocolError if they lie."""
+        cursors = [peer_cursors.get(index, 0) for index in range(STREAMS)]
+        for index, (out, cursor) in enumerate(zip(self._out, cursors, strict=True)):
+            if not out.acked <= cursor <= out.reached:
+                raise ProtocolError(f"cursor {cursor} of stream {index} is not in {out.acked} to {out.reached}")
+        for out, cursor in zip(self._out, cursors, strict=True):
+            out.rewind(cursor)
+        self._reader.restart()
+        self.estimate.restart(now)
+        self._acked_cursors = [0] * STREAMS
+        self._ack_at = now if any(self._reader.cursors().values()) else NEVER
+        self._arrived_at = now
+        self._ping = self._pong = None
+        self._ping_wanted = True
+        self.peer_bye = None
+
+    # What leaves -----------------------------------------------------------------------------------------------
+
+    def outgoing(self, now: float) -> list[Buffer]:
+        """What may go on the link now, about one chunk; empty when nothing may. Write it all, then ask again."""
+        buffers: list[Buffer] = []
+        chunk_bytes = self.chunk_bytes
+        room = chunk_bytes
+        for index, out in enumerate(self._out):
+            while out.waiting and room > 0:
+                nbytes = self._cut(index, out, chunk_bytes, now, buffers)
+                if not nbytes:
+                    break
+                room -= nbytes
+        if room == chunk_bytes and not self.owes(now):
+            return buffers
+        self._signals(now, buffers)
+        if not self._out[1].waiting and not self._out[2].waiting:
+            unacked_bytes = self.unacked_bytes
+            if unacked_bytes + chunk_bytes < self.window_bytes:
+                self.estimate.starved(unacked_bytes + self._out[0].sent - self._out[0].acked)
+        return buffers
+
+    def _cut(self, index: int, out: _Outbound, chunk_bytes: int, now: float, buffers: list[Buffer]) -> int:
+        """Append the next chunk of a stream; returns its bytes, 0 when the window has no room for it."""
+        start, body = out.waiting[0]
+        place = out.sent - start
+        rest = LENGTH_BYTES + body.nbytes - place
+        nbytes = min(rest, chunk_bytes)
+        unacked_bytes = self.unacked_bytes
+        if index != CONTROL:
+            nbytes = min(nbytes, int(self.window_bytes) - unacked_bytes)
+            if nbytes < min(rest, self.limits.chunk_bytes_min):
+                return 0
+        flight = self.estimate.sent(now, unacked_bytes + self._out[0].sent - self._out[0].acked)
+        if place < LENGTH_BYTES:
+            nbytes = max(nbytes, min(rest, LENGTH_BYTES))
+            buffers.append(HEADER.pack(DATA, index, 0, nbytes, out.sent) + LENGTH.pack(body.nbytes)[place:])
+            if nbytes > LENGTH_BYTES - place:
+                buffers.append(body[: nbytes - (LENGTH_BYTES - place)])
+        else:
+            buffers.append(HEADER.pack(DATA, index, 0, nbytes, out.sent))
+            buffers.append(body[place - LENGTH_BYTES : place - LENGTH_BYTES + nbytes])
+        out.sent += nbytes
+        out.reached = max(out.reached, out.sent)
+        out.flights.append((out.sent, flight))
+        if nbytes == rest:
+            out.flying.append(out.waiting.popleft())
+        return nbytes
+
+    def owes(self, now: float) -> bool:
+        """A frame without payload must leave now."""
+        return self._ack_at <= now or self._pong is not None or self._ping_wanted
+
+    def _signals(self, now: float, buffers: list[Buffer]) -> None:
+        """Append what rides along: acknowledgements, PING and PONG."""
+        if self._ack_at != NEVER:
+            self._ack_at = NEVER
+            held_us = min(int((now - self._arrived_at) * MICROSECONDS), HELD_US_MAX)
+            for index, stream in enumerate(self._reader.streams):
+                if stream.cursor != self._acked_cursors[index]:
+                    self._acked_cursors[index] = stream.cursor
+                    buffers.append(HEADER.pack(ACK, index, 0, held_us, stream.cursor))
+        if self._pong is not None:
+            buffers.append(HEADER.pack(PONG, 0, 0, 0, self._pong))
+            self._pong = None
+        if self._ping_wanted:
+            self._ping_wanted = False
+            self._ping = int(now * MICROSECONDS)
+            buffers.append(HEADER.pack(PING, 0, 0, 0, self._ping))
+
+    # What arrives ----------------------------------------------------------------------------------------------
+
+    def get_buffer(self, size_hint: int) -> memoryview:
+        """Where the next bytes of the link belong."""
+        return self._reader.get_buffer(size_hint)
+
+    def buffer_updated(self, nbytes: int, now: float) -> list[Received]:
+        """``nbytes`` arrived in that buffer; returns the messages they completed. Raises ProtocolError.
+
+        Messages completed before a fault are returned by ``take_messages``: their bytes count as received.
+        """
+        reader = self._reader
+        reader.buffer_updated(nbytes)
+        for frame in reader.frames:
+            self._signal(frame, now)
+        reader.frames.clear()
+        self._owe_ack(now)
+        return self.take_messages()
+
+    def take_messages(self) -> list[Received]:
+        """The whole messages not yet taken."""
+        messages, self._reader.messages = self._reader.messages, []
+        return messages
+
+    def _owe_ack(self, now: float) -> None:
+        """Say when the bytes that have arrived must be acknowledged."""
+        reader = self._reader
+        owed_bytes = 0
+        for index, stream in enumerate(reader.streams):
+            owed_bytes += stream.cursor - self._acked_cursors[index]
+        if owed_bytes:
+            self._arrived_at = now
+            held_s = min(max(self.estimate.rtt_s / 4, self.limits.ack_held_s_min), self.limits.ack_held_s_max)
+            if reader.chunk_ended and owed_bytes >= ACK_BYTES:
+                self._ack_at = now
+            elif self._ack_at == NEVER:
+                self._ack_at = now + held_s
+        reader.chunk_ended = False
+
+    def _signal(self, frame: Frame, now: float) -> None:
+        kind, index, value, offset = frame
+        if kind == ACK:
+            out = self._out[index]
+            if offset > out.reached:
+                raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
+            if offset > out.acked:
+                nbytes = offset - out.acked
+                self.estimate.acked(now, nbytes, out.drop_acked(offset), value / MICROSECONDS)
+        elif kind == PING:
+            self._pong = offset
+        elif kind == PONG:
+            if offset == self._ping:
+                self._ping = None
+                self.estimate.rtt_sample(now, now - offset / MICROSECONDS)
+        else:
+            self.peer_bye = Bye(value) if value in Bye._value2member_map_ else value
+
+    # How it stands ---------------------------------------------------------------------------------------------
+
+    @property
+    def chunk_bytes(self) -> int:
+        """How much leaves in one piece: about ``chunk_s`` of the link's rate."""
+        limits = self.limits
+        return int(min(max(self.estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
+
+    @property
+    def window_bytes(self) -> float:
+        """Most unacknowledged bytes of the streams above control."""
+        limits, estimate = self.limits, self.estimate
+        least = 2 * limits.chunk_bytes_min if estimate.proven else limits.window_bytes_initial
+        return min(max(estimate.window_bytes(), least), limits.unacked_bytes_max)
+
+    @property
+    def unacked_bytes(self) -> int:
+        """Bytes above control that are on the link or beyond, not acknowledged."""
+        _, update, bulk = self._out
+        return update.sent - update.acked + bulk.sent - bulk.acked
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of all streams that wait to be sent."""
+        return sum(out.end - out.sent for out in self._out)
+
+    def writable_bytes(self) -> int:
+        """How much more the link can use now without a queue; 0 when the window is full."""
+        _, update, bulk = self._out
+        return max(0, int(self.window_bytes) - (update.end - update.acked) - (bulk.end - bulk.acked))
+
+    @property
+    def chunk_bytes_wanted(self) -> int:
+        """Room in the window that is worth telling the owner of."""
+        return min(self.chunk_bytes, int(self.window_bytes) // 4)
+
+    @property
+    def idle(self) -> bool:
+        """Everything sent has been acknowledged."""
+        return all(out.acked == out.end for out in self._out)
+
+    @property
+    def ack_at(self) -> float:
+        """When ``outgoing`` should be asked again, at the latest, for an acknowledgement's sake."""
+        return self._ack_at
+
+    def sent(self, stream: int) -> int:
+        """Messages ever queued on a stream."""
+        return self._out[stream].count
+
+    def received(self, stream: int) -> int:
+        """Whole messages ever received on a stream."""
+        return self._reader.streams[stream].count
+
+    @property
+    def has_outgoing(self) -> bool:
+        """Something waits to be sent, whether or not the window has room."""
+        return any(out.waiting for out in self._out)
