@@ -126,7 +126,7 @@ class Block:
 def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0) -> Block:
     """All of ``array`` (1-d float32). Raises ValueError when an entry is NaN or infinite."""
     codes, scales = _quantise(array, encoding)
-    return Block(start, array.size, encoding, codes, scales, None, array.size)
+    return Block(start, array.size, encoding, codes.copy() if codes is array else codes, scales, None, array.size)
 
 
 def sparse(
@@ -152,13 +152,13 @@ def compress(
     array to several calls, the largest budget first, and it is scanned once. None: not even one entry fits, or all
     are zero. Raises ValueError when an entry is NaN or infinite.
     """
+    count = entries_within(budget_bytes, array.size, encoding)
+    if count == array.size:
+        return _everything(array, encoding, start)
     spectrum = spectrum or Spectrum(array, weights=scales)
     before = spectrum.scanned
-    count = entries_within(budget_bytes, array.size, encoding)
-    if count == 0:
-        return None
     positions, _ = spectrum.top(count)
-    return _best(array, positions, encoding, budget_bytes, start, spectrum.scanned - before)
+    return _chosen(array, positions, encoding, start, spectrum.scanned - before)
 
 
 def max_n(
@@ -177,17 +177,20 @@ def max_n(
     saying may exceed the budget. ``n_fixed`` asks for just that N whatever it costs. Returns the block (None when all
     is zero) and the N used. ``spectrum``: as for ``compress``, made with the layout. Raises ValueError likewise.
     """
+    count = entries_within(budget_bytes, array.size, encoding) if n_fixed is None else 0
+    if count == array.size:
+        return _everything(array, encoding, 0), 100.0
     spectrum = spectrum or Spectrum(array, layout)
     before = spectrum.scanned
-    floor = n_min if n_fixed is None else n_fixed
-    count = entries_within(budget_bytes, array.size, encoding) if n_fixed is None else 0
     positions, keys = spectrum.top(count)
-    everything = len(positions) < count or count == array.size
-    n_used = 100.0 if everything else 100.0 * (1.0 - float(keys.min())) if len(keys) else 0.0
+    n_used = 0.0
+    if len(keys):
+        n_used = 100.0 if len(keys) < count else 100.0 * (1.0 - float(keys.min()))
+    floor = n_min if n_fixed is None else n_fixed
     if n_used < floor:
-        positions, _ = spectrum.at_least(1.0 - floor / 100.0)
         n_used = floor
-    return _best(array, positions, encoding, budget_bytes, 0, spectrum.scanned - before), n_used
+        positions, _ = spectrum.at_least(1.0 - floor / 100.0)
+    return _chosen(array, positions, encoding, 0, spectrum.scanned - before), n_used
 
 
 def entries_within(budget_bytes: int, size: int, encoding: Encoding) -> int:
@@ -204,10 +207,18 @@ def entries_within(budget_bytes: int, size: int, encoding: Encoding) -> int:
     return fits
 
 
-def _best(
-    array: Flat, positions: Positions, encoding: Encoding, budget_bytes: int, start: int, scanned: int
-) -> Block | None:
-    """Dense when that is no larger than sparse, for the same entries and more."""
+def _everything(array: Flat, encoding: Encoding, start: int) -> Block | None:
+    """All that is not zero: as positions where zeros are many, else dense."""
+    nonzero = int(np.count_nonzero(array))
+    if nonzero == 0:
+        return None
+    if block_bytes(encoding, array.size) <= block_bytes(encoding, array.size, nonzero):
+        return dense(array, encoding, start=start)
+    return sparse(array, np.flatnonzero(array), encoding, start=start, scanned=array.size)
+
+
+def _chosen(array: Flat, positions: Positions, encoding: Encoding, start: int, scanned: int) -> Block | None:
+    """Dense when that is no larger: the same entries, and more."""
     if len(positions) == 0:
         return None
     if block_bytes(encoding, array.size) <= block_bytes(encoding, array.size, len(positions)):
@@ -222,7 +233,7 @@ def _quantise(values: Flat, encoding: Encoding) -> tuple[npt.NDArray[np.generic]
     if not all_finite(values):
         raise ValueError("an entry is NaN or infinite")
     if encoding is Encoding.F32:
-        return np.ascontiguousarray(values, dtype=np.float32).copy(), None
+        return values, None
     return np.clip(values, -F16_MAX, F16_MAX).astype(np.float16), None
 
 

@@ -23,6 +23,7 @@ SAMPLE_ALL_BELOW = 1 << 14
 """Arrays up to this size are their own sample: exact at once."""
 TINY = np.float32(1.4e-45)
 """The least positive float32: ``key >= TINY`` means ``not zero``."""
+_NONE: tuple[Positions, Flat] = np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32)
 
 
 class Spectrum:
@@ -54,7 +55,7 @@ class Spectrum:
         if self.layout is None:
             size = self.array.size
             return [(lo, min(lo + CHUNK, size), np.float32(1)) for lo in range(0, size, CHUNK)]
-        pieces = []
+        pieces: list[tuple[int, int, np.float32]] = []
         self.scanned += self.array.size
         for start, stop in zip(self.layout.offsets, self.layout.offsets[1:], strict=False):
             cuts = [(lo, min(lo + CHUNK, stop)) for lo in range(start, stop, CHUNK)]
@@ -104,14 +105,18 @@ class Spectrum:
 
     def at_least(self, key: float) -> tuple[Positions, Flat]:
         """Ascending positions of all non-zero entries whose key is ``key`` or more, and their keys."""
-        found = self._collect(np.float32(max(key, TINY)), self.array.size)
-        assert found is not None
-        return found
+        threshold = np.maximum(np.float32(key), TINY)
+        if self._found is not None and self._found_key <= threshold:
+            positions, keys = self._found
+            self.scanned += len(keys)
+            keep = keys >= threshold
+            return positions[keep], keys[keep]
+        return self._collect(threshold, self.array.size) or _NONE
 
     def top(self, count: int) -> tuple[Positions, Flat]:
         """Ascending positions of the ``count`` largest entries (all that are not zero, if fewer), and their keys."""
         if count <= 0:
-            return np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32)
+            return _NONE
         if self._found is not None and (len(self._found[0]) >= count or self._found_key <= TINY):
             self.scanned += len(self._found[0])
             return _trim(*self._found, count)
@@ -129,7 +134,7 @@ class Spectrum:
 
     def _sampled_key(self, rank: float) -> np.float32:
         place = len(self._sample) - int(rank)
-        return np.float32(max(self._sample[place], TINY)) if place >= 0 and len(self._sample) > place else TINY
+        return np.maximum(self._sample[place], TINY) if 0 <= place < len(self._sample) else TINY
 
     def _collect(self, threshold: np.float32, count_max: int) -> tuple[Positions, Flat] | None:
         """All entries with key >= threshold; None as soon as they are more than ``count_max``."""

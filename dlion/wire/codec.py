@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from dlion.blocks import SCALE_MAX, Block, Encoding, all_finite, index_bytes, value_bytes
+from dlion.blocks import GROUP, SCALE_MAX, Block, Encoding, all_finite, index_bytes, value_bytes
 from dlion.messages import Hello, Message, PeerId, Scalar, Span, Stream
 from dlion.wire import positions
 from dlion.wire.limits import Limits
@@ -190,11 +190,10 @@ def _check_envelope(envelope: _Envelope, limits: Limits) -> None:
     if len(fields) > limits.fields_max or len(coverage) > limits.coverage_max:
         raise Malformed(f"{len(fields)} fields and {len(coverage)} spans are too many")
     for name, value in fields.items():
-        kind = type(value)
-        if kind is float:
+        if isinstance(value, float):
             if not math.isfinite(value):
                 raise Malformed(f"field {name!r} is not finite")
-        elif kind is str and len(value) > limits.text_chars_max:  # type: ignore[arg-type]
+        elif isinstance(value, str) and len(value) > limits.text_chars_max:
             raise Malformed(f"field {name!r} is too long")
     for origin, first, last in coverage:
         if not 0 <= first <= last <= INT_MAX or len(origin) > 256:
@@ -241,7 +240,7 @@ def _read_block(head: _Header, data: bytes | bytearray | memoryview, at: int) ->
     elif encoding is Encoding.F16:
         codes = _view(source, np.float16, count, offset)
     else:
-        groups = -(-count // 256)
+        groups = -(-count // GROUP)
         scales = _view(source, np.float32, groups, offset)
         if groups and not (scales.min() >= 0 and scales.max() <= SCALE_MAX):
             raise Malformed("a scale is negative, too large or not a number")
@@ -295,7 +294,7 @@ def decode_hello(data: bytes | bytearray | memoryview) -> Hello:
         hello = _to_hello(data)
     except _BAD_MSGPACK as error:
         raise Malformed(f"hello: {error}") from None
-    cursors = list(hello.cursors.items())
-    if min([hello.protocol_min, hello.protocol_max, hello.incarnation, hello.of, *(v for _, v in cursors)]) < 0:
-        raise Malformed("hello: a number is negative")
+    numbers = (hello.protocol_min, hello.protocol_max, hello.incarnation, hello.of)
+    if not all(0 <= n <= INT_MAX for n in (*numbers, *hello.cursors, *hello.cursors.values())):
+        raise Malformed("hello: a number is negative or too large")
     return hello

@@ -1,0 +1,52 @@
+"""Whether a decoded message may reach the strategy, and through it the weights.
+
+Law: a pure question about one message; it changes nothing and never raises on what others wrote. The codec has
+already made sure of finite numbers, ascending positions and bounded sizes; they are not looked at a second time. This
+policy adds what only the receiver knows: which kinds and fields are understood, and how large the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dlion.messages import Message, Scalar
+
+Kinds = Mapping[str, Mapping[str, type]]
+
+
+class Admit:
+    """``check`` returns why a message is refused, or None when it is welcome.
+
+    ``speaks``: the strategy's kinds with their fields and types. ``node_speaks``: the same for kinds that begin with
+    ``~``, which are the node's own; a strategy can neither declare nor shadow them (ValueError).
+    """
+
+    def __init__(self, layout_size: int, speaks: Kinds, node_speaks: Kinds | None = None) -> None:
+        own = node_speaks or {}
+        for kind in (*speaks, *own):
+            if kind.startswith("~") != (kind in own) or (kind in own and kind in speaks):
+                raise ValueError(f"message kind {kind!r}: a leading ~ is for the node's kinds, and for all of them")
+        self._layout_size = layout_size
+        self._kinds = {**speaks, **own}
+
+    def check(self, message: Message) -> str | None:
+        declared = self._kinds.get(message.kind)
+        if declared is None:
+            return f"kind {message.kind!r} is not understood"
+        fields = message.fields
+        if len(fields) != len(declared):
+            return f"{message.kind}: fields {sorted(fields)}; expected {sorted(declared)}"
+        for name, kind in declared.items():
+            if name not in fields:
+                return f"{message.kind}: field {name!r} is missing"
+            if not _fits(fields[name], kind):
+                return f"{message.kind}: field {name!r} is a {type(fields[name]).__name__}; expected {kind.__name__}"
+        for block in message.blocks:
+            if block.start < 0 or block.start + block.size > self._layout_size:
+                return f"{message.kind}: block {block.start} + {block.size} in a model of {self._layout_size}"
+        return None
+
+
+def _fits(value: Scalar, kind: type) -> bool:
+    """Exact types, except that a whole number may stand where a float is declared."""
+    return type(value) is kind or (kind is float and type(value) is int)
