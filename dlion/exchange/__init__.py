@@ -1,0 +1,47 @@
+"""What is said, and what hearing it does. Strategies by name, loaded when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dlion.exchange.base import Exchange
+
+EXCHANGES: Mapping[str, str] = {
+    "full": "dlion.exchange.full:Full",
+    "dlion": "dlion.exchange.dlion:DLion",
+}
+"""Built-in strategies: name -> ``module:Class``."""
+
+GROUP = "dlion.exchange"
+"""Entry point group in which other projects announce theirs."""
+
+
+def names() -> tuple[str, ...]:
+    """All strategies that can be asked for by a plain name, sorted."""
+    return tuple(sorted({*EXCHANGES, *(point.name for point in entry_points(group=GROUP))}))
+
+
+def find(name: str) -> type[Exchange]:
+    """The strategy called ``name``: a built-in, an entry point of another project, or ``package.module:Class``.
+
+    Raises ValueError saying what was expected.
+    """
+    from dlion.exchange.base import Exchange
+
+    if ":" in name or name in EXCHANGES:
+        module, _, cls = EXCHANGES.get(name, name).partition(":")
+        try:
+            found = getattr(import_module(module), cls, None)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"exchange {name!r}: {error}") from error
+    elif points := entry_points(group=GROUP, name=name):
+        found = next(iter(points)).load()
+    else:
+        raise ValueError(f"exchange: expected one of {', '.join(names())} or package.module:Class, got {name!r}")
+    if not (isinstance(found, type) and issubclass(found, Exchange)):
+        raise ValueError(f"exchange {name!r}: expected a subclass of dlion.exchange.base.Exchange, got {found!r}")
+    return found

@@ -46,13 +46,15 @@ class Add:
 
 @dataclass(frozen=True)
 class Timer:
-    """Call ``on_timer(key)`` at time ``at`` (seconds, the clock of ``ctx.now``). A later Timer of the same key replaces."""
+    """Call ``on_timer(key)`` at time ``at`` (seconds, the clock of ``ctx.now``). A later one of the same key replaces."""
 
     at: float
     key: str
 
 
 Action = Send | Add | Timer
+Speech = Mapping[str, Mapping[str, type]]
+"""Message kinds, each with its fields and their types."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class LinkView:
     cloud: str
     lan: bool
     rate_bps: float = 0.0
-    """Measured delivery rate towards the neighbour, bits per second, scaled down where several links share an egress."""
+    """Measured delivery rate towards it, bits per second, scaled down where several links share an egress."""
     rtt_s: float = 0.0
     writable_bytes: int = 0
     """What the link can take now without building a queue; falls as the current hook sends."""
@@ -155,9 +157,9 @@ class Exchange:
     """Paces that make sense with this strategy; any other is refused."""
     consumes: ClassVar[str] = "delta"
     """``delta``: updates arrive as the optimizer's step; ``gradient``: as the plain gradient."""
-    consensus: ClassVar[bool] = False
-    """True: after a drain all replicas agree to rounding."""
-    speaks: ClassVar[Mapping[str, Mapping[str, type]]] = {}
+    consensus: bool = False
+    """True: after a drain all replicas agree to rounding. May depend on the settings."""
+    speaks: ClassVar[Speech] = {}
     """Message kinds this strategy understands, each with its fields and their types; others are refused unheard."""
 
     def setup(self, ctx: Context) -> None:

@@ -1,0 +1,141 @@
+"""What a neighbour has not been told yet: the accumulator that every strategy with a memory shares.
+
+Law: plain arithmetic on flat buffers. Sent + owed = added, always: what is subtracted is what the receiver will add
+(``Block.values``), never what the sender wished to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+
+from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
+from dlion.messages import PeerId, Span
+from dlion.selection import Spectrum
+from dlion.tensors import Flat, Layout, add_scaled
+
+
+class Piece:
+    """One update as it came, shared by all the neighbours that are owed it: encoded once, copied only when merged."""
+
+    def __init__(self, values: Flat | Block, origin: PeerId, size: int) -> None:
+        self.values = values
+        self.origin = origin
+        self.size = size
+        self._spectrum: Spectrum | None = None
+
+    @cached_property
+    def block(self) -> Block:
+        """The whole update, exactly: as it was heard, or dense float32."""
+        return self.values if isinstance(self.values, Block) else dense(self.values)
+
+    @cached_property
+    def flat(self) -> Flat:
+        """The whole update as an array of the model's size; read only."""
+        if not isinstance(self.values, Block):
+            return self.values
+        flat = np.zeros(self.size, dtype=np.float32)
+        self.values.add_to(flat)
+        return flat
+
+    def spectrum(self, layout: Layout) -> Spectrum:
+        """Its magnitudes per tensor, scanned once however many neighbours choose from them (largest budget first)."""
+        if self._spectrum is None:
+            self._spectrum = Spectrum(self.flat, layout)
+        return self._spectrum
+
+
+class Owed:
+    """An account of one neighbour. ``size``: entries of the model.
+
+    As long as it holds a single update it only refers to it (``only``); a second one, or saying a part, makes a sum.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.only: Piece | None = None
+        self.cloud = ""
+        """Micro-cloud from whose side these updates came."""
+        self._sum: Flat | None = None
+        self._spans: dict[PeerId, tuple[int, int]] = {}
+
+    def __bool__(self) -> bool:
+        return self.only is not None or self._sum is not None
+
+    @property
+    def fresh(self) -> bool:
+        """True: holds updates of which nothing was said yet."""
+        return bool(self._spans)
+
+    @property
+    def coverage(self) -> tuple[Span, ...]:
+        """Whose steps were added since something was last said."""
+        return tuple(Span(peer, first, last) for peer, (first, last) in sorted(self._spans.items()))
+
+    @property
+    def flat(self) -> Flat:
+        """The sum of all that is owed; this account's own array."""
+        if self._sum is None:
+            self._sum = np.zeros(self.size, dtype=np.float32)
+            if self.only is not None:
+                _add(self._sum, self.only.values)
+                self.only = None
+        return self._sum
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._sum is None else self._sum.nbytes
+
+    def spectrum(self, layout: Layout) -> Spectrum:
+        """Magnitudes of what is owed, per tensor."""
+        return self.only.spectrum(layout) if self.only is not None else Spectrum(self.flat, layout)
+
+    def add(self, piece: Piece, coverage: Iterable[Span] = ()) -> None:
+        """One more update is owed."""
+        if self:
+            _add(self.flat, piece.values)
+        else:
+            self.only = piece
+        for peer, first, last in coverage:
+            before = self._spans.get(peer, (first, last))
+            self._spans[peer] = (min(first, before[0]), max(last, before[1]))
+
+    def said(self, block: Block, *, keep: bool = True) -> tuple[Span, ...]:
+        """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
+        coverage = self.coverage
+        self._spans.clear()
+        whole = self.only is not None and block is self.only.block
+        if whole or not keep or self._exact(block):
+            self.clear()
+        else:
+            block.add_to(self.flat, -1.0)
+        return coverage
+
+    def everything(self) -> Block:
+        """All that is owed, exactly: the update as it came, else float32, sparse where that is smaller."""
+        return self.only.block if self.only is not None else exact(self.flat)
+
+    def clear(self) -> None:
+        """Nothing is owed any more."""
+        self.only = self._sum = None
+        self._spans.clear()
+
+    def _exact(self, block: Block) -> bool:
+        return block.indices is None and block.size == self.size and block.encoding is Encoding.F32
+
+
+def exact(flat: Flat) -> Block:
+    """``flat`` without loss, in the smaller of two forms; an empty block when all is zero."""
+    indices = np.flatnonzero(flat)
+    if block_bytes(Encoding.F32, flat.size, indices.size) < block_bytes(Encoding.F32, flat.size):
+        return sparse(flat, indices, Encoding.F32, scanned=flat.size)
+    return dense(flat)
+
+
+def _add(target: Flat, values: Flat | Block) -> None:
+    if isinstance(values, Block):
+        values.add_to(target)
+    else:
+        add_scaled(target, values)

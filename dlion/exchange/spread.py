@@ -1,0 +1,132 @@
+"""Common ground of the strategies whose peers tell each other their updates: full, DLion, Ako, Gaia, TFAko.
+
+Law: routes and accounts. An own update is weighed and added; whoever must hear it is owed it; a link that can take
+more is told what the strategy chooses to ``say``. What is heard is added and passed on along the routes, never echoed.
+Which part is said, and when, is the strategy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dlion.blocks import Block
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
+from dlion.exchange.owed import Owed, Piece
+from dlion.messages import Message, PeerId, Span
+from dlion.tensors import Flat
+
+Account = tuple[PeerId, bool]
+"""A neighbour, and whether the updates are passing through from another micro-cloud (a mate must not bridge those)."""
+
+
+class Spread(Exchange):
+    """Base: every own update to all, weighed by the share of the global batch. Subclasses choose what to ``say``."""
+
+    speaks: ClassVar[Speech] = {"update": {"cloud": str}}
+    keep = True
+    """What was not said stays owed (error feedback per link); False: it is dropped."""
+
+    def __init__(self) -> None:
+        self.owed: dict[Account, Owed] = {}
+
+    # -- what a strategy decides ---------------------------------------------------------------------------------
+
+    def weigh(self, update: Update, ctx: Context) -> float:
+        """Factor of an own update before it is added and told."""
+        return ctx.share
+
+    def hear(self, ctx: Context) -> float:
+        """Factor of every told update, our own included, when it is added here."""
+        return 1.0
+
+    def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
+        """The part of ``owed`` to say to a link that can take something now; None: nothing yet."""
+        return owed.everything()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        values = update.values
+        values *= np.float32(self.weigh(update, ctx))
+        coverage = (Span(ctx.me, update.step, update.step),)
+        yield Add(values, self.hear(ctx), coverage)
+        yield from self.spread(values, coverage, ctx)
+
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        for block in message.blocks:
+            yield Add(block, self.hear(ctx), message.coverage, message)
+            yield from self.spread(block, message.coverage, ctx, message)
+
+    def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        return self._tell([a for a in self.owed if a[0] == link.peer], ctx)
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in ctx.links}
+        return ()
+
+    def drain(self, ctx: Context) -> Iterable[Action]:
+        return self._tell(list(self.owed), ctx, everything=True)
+
+    def owes(self, ctx: Context) -> bool:
+        return any(bool(owed) for (peer, _), owed in self.owed.items() if peer in ctx.links)
+
+    # -- the machinery -------------------------------------------------------------------------------------------
+
+    def spread(
+        self, values: Flat | Block, coverage: tuple[Span, ...], ctx: Context, heard: Message | None = None
+    ) -> Iterator[Action]:
+        """Owe ``values`` to all who must hear them from us, and tell those whose links can take it."""
+        came_from, cloud = (heard.hop, str(heard.fields["cloud"])) if heard else (None, ctx.cloud)
+        piece = Piece(values, heard.origin if heard else ctx.me, ctx.layout.size)
+        accounts = []
+        for peer in ctx.routes.onward(came_from, cloud):
+            if (link := ctx.links.get(peer)) is None:
+                continue
+            passing = link.cloud == ctx.cloud and cloud != ctx.cloud
+            owed = self.owed.setdefault((peer, passing), Owed(ctx.layout.size))
+            owed.add(piece, coverage)
+            owed.cloud = cloud if passing else ctx.cloud
+            accounts.append((peer, passing))
+        yield from self._tell(accounts, ctx)
+
+    def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
+        """Say something on each account whose link can take it; the same thing to many is one Send."""
+        sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[PeerId]]] = {}
+        for peer, passing in sorted(accounts, key=lambda a: -ctx.links[a[0]].rate_bps if a[0] in ctx.links else 0.0):
+            link, owed = ctx.links.get(peer), self.owed[peer, passing]
+            if link is None or link.writable_bytes <= 0 or not owed:
+                continue
+            block = owed.everything() if everything else self.say(owed, link, ctx)
+            if block is None:
+                continue
+            origin = owed.only.origin if owed.only is not None and block is owed.only.block else ctx.me
+            coverage = owed.said(block, keep=self.keep)
+            key = (id(block), coverage, owed.cloud)
+            if key not in sends:
+                step = max((span.last for span in coverage), default=ctx.step)
+                fields = {"cloud": owed.cloud}
+                sends[key] = (Message("update", step, 0, fields, (block,), coverage, origin=origin), [])
+            sends[key][1].append(peer)
+        for message, to in sends.values():
+            yield Send(tuple(to), message)
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {f"owed/{int(passing)}/{peer}": owed.flat.copy() for (peer, passing), owed in self.owed.items() if owed}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        for name, flat in state.items():
+            if name.startswith("owed/"):
+                _, passing, peer = name.split("/", 2)
+                owed = Owed(ctx.layout.size)
+                owed.add(Piece(np.array(flat, dtype=np.float32), ctx.me, ctx.layout.size))
+                owed.cloud = "" if int(passing) else ctx.cloud
+                self.owed[PeerId(peer), bool(int(passing))] = owed
+
+    @property
+    def state_bytes(self) -> int:
+        return super().state_bytes + sum(owed.nbytes for owed in self.owed.values())
