@@ -17,6 +17,7 @@ from threading import Lock
 from typing import Protocol
 
 import msgspec
+import numpy as np
 
 FORMAT = 1
 """Version of the schema, in every header; readers refuse a later one."""
@@ -248,7 +249,7 @@ class RunLog:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._encoder = msgspec.json.Encoder()
+        self._encoder = msgspec.json.Encoder(enc_hook=_plain)
         self._pending: list[Event] = []
         self._flushing = Lock()
 
@@ -268,6 +269,13 @@ class RunLog:
     def close(self) -> None:
         self.flush()
         self._sink.close()
+
+
+def _plain(value: object) -> object:
+    """A user's workload may well report its loss as a NumPy scalar."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"run log: cannot write a {type(value).__name__}")
 
 
 def next_log_path(directory: Path, peer: str) -> Path:
