@@ -23,7 +23,7 @@ from dlion.tensors import Flat
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-IDX_TYPES = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
+IDX_TYPES: dict[int, np.dtype[np.integer]] = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 IDX_BYTES_MAX = 1 << 30
 
 
@@ -94,10 +94,11 @@ def read_idx(path: Path, rank: int) -> npt.NDArray[np.integer]:
             header = stream.read(4)
             if len(header) < 4 or header[:2] != b"\0\0" or header[2] not in IDX_TYPES or header[3] != rank:
                 raise DataError(f"{path}: not an IDX file of {rank} dimensions (it starts with {header.hex()})")
-            shape = tuple(int(n) for n in np.frombuffer(stream.read(4 * rank), dtype=">u4"))
+            lengths = stream.read(4 * rank)
+            shape = tuple(int.from_bytes(lengths[at : at + 4]) for at in range(0, len(lengths), 4))
             dtype = IDX_TYPES[header[2]]
             expected = prod(shape) * dtype.itemsize
-            if len(shape) != rank or expected > IDX_BYTES_MAX:
+            if len(lengths) != 4 * rank or expected > IDX_BYTES_MAX:
                 raise DataError(f"{path}: its header declares shape {shape}, which cannot be right")
             content = stream.read(expected + 1)
     except FileNotFoundError:

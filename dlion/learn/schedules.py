@@ -38,7 +38,7 @@ class WarmUp:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from ``rate`` down to ``floor`` over ``samples``, then ``floor`` (SGDR; Loshchilov & Hutter, 2017)."""
+    """Half a cosine from ``rate`` to ``floor`` over ``samples``, then ``floor`` (Loshchilov & Hutter, SGDR, 2017)."""
 
     rate: float
     samples: float
