@@ -56,7 +56,7 @@ class Owner:
         link.attach(self)
 
     def fill(self) -> None:
-        while not self.link.congested and self.left > 0:
+        while self.chunk and not self.link.congested and self.left > 0:
             self.link.write(self.chunk)
             self.left -= len(self.chunk)
 
