@@ -42,7 +42,7 @@ def find(kind: Kind, name_or_path: str | Path) -> Found:
 
 def known(kind: Kind) -> dict[str, Path]:
     """The packaged files of this kind by name, in order."""
-    return {path.stem: path for path in sorted(_directory(kind).glob("*.toml"))}
+    return {path.stem: path for path in sorted(_directory(kind).glob("*.toml"), key=lambda path: path.stem)}
 
 
 def _directory(kind: Kind) -> Path:

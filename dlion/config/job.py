@@ -71,7 +71,9 @@ class Train(Table, frozen=True):
     """Of the learning rate, over samples that all peers together have trained on."""
     warmup_samples: Count = 0
     decay_samples: Count = 0
-    """cosine: where the curve ends; step: samples from one decay to the next."""
+    """cosine: where the curve ends."""
+    decay_at: tuple[Positive, ...] = ()
+    """step: the counts of samples at which the rate falls."""
     decay_factor: Share = 0.1
     """cosine: the share of the learning rate left at the end; step: the factor of each decay."""
 
@@ -82,12 +84,12 @@ class Batching(Table, frozen=True):
     global_start: Count = 0
     """Global batch at the start; 0 = batch times peers."""
     growth: bool = True
-    """DLion's global controller: add up to ``warm_until``, then multiply up to ``speed_until``."""
-    warm_add: Positive = 64
-    warm_until: Share = 0.01
+    """DLion's global controller: add up to ``warm_share``, then multiply up to ``speed_share``."""
+    warm_add: Positive = 32
+    warm_share: Share = 0.01
     """Share of the training set that the global batch reaches by addition."""
     speed_factor: Annotated[float, Meta(gt=1)] = 1.5
-    speed_until: Share = 0.1
+    speed_share: Share = 0.1
     """Share of the training set that it reaches by multiplication."""
     period_s: PositiveSeconds = 10.0
     """From one adjustment to the next."""
@@ -249,12 +251,14 @@ def _check(job: Job, reader: Reader) -> None:
         raise reader.error("job.workload", f'found "{job.job.workload}"', 'a workload\'s name or "module:factory"')
     if t.nesterov and not t.momentum:
         raise reader.error("train.nesterov", "found true with momentum 0", "momentum above 0")
-    if t.schedule != "constant" and not t.decay_samples:
-        raise reader.error("train.decay_samples", "found 0", f"above 0 for the {t.schedule} schedule")
+    if t.schedule == "step" and not t.decay_at:
+        raise reader.error("train.decay_at", "found none", "counts of samples for the step schedule")
+    if t.schedule == "cosine" and not t.decay_samples:
+        raise reader.error("train.decay_samples", "found 0", "above 0 for the cosine schedule")
     if t.schedule == "cosine" and t.warmup_samples >= t.decay_samples:
         raise reader.error("train.warmup_samples", f"found {t.warmup_samples}", f"below {t.decay_samples}")
-    if b.warm_until > b.speed_until:
-        raise reader.error("batching.warm_until", f"found {b.warm_until}", f"at most speed_until = {b.speed_until}")
+    if b.warm_share > b.speed_share:
+        raise reader.error("batching.warm_share", f"found {b.warm_share}", f"at most speed_share = {b.speed_share}")
     if n.dial_backoff_min_s > n.dial_backoff_max_s:
         raise reader.error("node.dial_backoff_min", f"found {n.dial_backoff_min_s}", f"at most {n.dial_backoff_max_s}")
     if n.suspect_after_s <= n.heartbeat_s:
