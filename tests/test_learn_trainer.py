@@ -67,10 +67,10 @@ def test_a_state_does_not_change_as_training_goes_on() -> None:
     one, weights = trainer(), np.ones(9, dtype=np.float32)
     one.step(weights, 3, 0)
     state = one.state()
-    before = state["optimizer"]["mean"].copy()
+    before = state["optimizer"]["sum"].copy()
     one.step(weights, 3, 0)
     assert state["cursor"] == [0, 3]
-    assert np.array_equal(state["optimizer"]["mean"], before)
+    assert np.array_equal(state["optimizer"]["sum"], before)
 
 
 def test_values_are_the_callers_until_handed_back() -> None:

@@ -7,6 +7,7 @@ model-sized temporary. State is allocated at the first step. Strategies use the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import sqrt
 from typing import Any, Protocol
 
 import numpy as np
@@ -84,7 +85,11 @@ class Sgd:
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019)."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, ICLR 2019).
+
+    Keeps Σ β1^age·g and Σ β2^age·g² rather than the means; the factors (1 - β) and both bias corrections go into the
+    step's scalars, which saves a quarter of the passes over memory.
+    """
 
     def __init__(
         self, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
@@ -94,50 +99,49 @@ class AdamW:
         if eps <= 0 or weight_decay < 0:
             raise ValueError(f"adamw: eps must be above 0 and weight_decay at least 0, not {eps} and {weight_decay}")
         self._betas = betas
-        self._eps = np.float32(eps)
+        self._eps = eps
         self._decay = weight_decay
         self._steps = 0
-        self._mean: Flat | None = None
-        self._square: Flat | None = None
+        self._sum: Flat | None = None
+        self._squares: Flat | None = None
 
     def step(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
-        if self._mean is None or self._square is None:
-            self._mean, self._square = np.zeros_like(gradient), np.zeros_like(gradient)
+        if self._sum is None or self._squares is None:
+            self._sum, self._squares = np.zeros_like(gradient), np.zeros_like(gradient)
         self._steps += 1
         beta1, beta2 = self._betas
-        descent = np.float32(-learning_rate / (1 - beta1**self._steps))
-        unbias = np.float32(1 / np.sqrt(1 - beta2**self._steps))
+        of_mean = (1 - beta1) / (1 - beta1**self._steps)
+        of_root = sqrt((1 - beta2) / (1 - beta2**self._steps))
+        descent = np.float32(-learning_rate * of_mean / of_root)
+        eps = np.float32(self._eps / of_root)
         decay = np.float32(-learning_rate * self._decay)
         scratch = np.empty(min(CHUNK, gradient.size), dtype=np.float32)
         for piece in _pieces(gradient.size):
-            g, m, v = gradient[piece], self._mean[piece], self._square[piece]
-            spare = scratch[: g.size]
-            np.multiply(g, g, out=spare)
-            spare *= np.float32(1 - beta2)
-            v *= np.float32(beta2)
-            v += spare
-            g *= np.float32(1 - beta1)
+            g, m, v = gradient[piece], self._sum[piece], self._squares[piece]
+            root = scratch[: g.size]
             m *= np.float32(beta1)
             m += g
-            np.sqrt(v, out=spare)
-            spare *= unbias
-            spare += self._eps
-            np.divide(m, spare, out=g)
+            g *= g
+            v *= np.float32(beta2)
+            v += g
+            np.sqrt(v, out=root)
+            root += eps
+            np.divide(m, root, out=g)
             g *= descent
             if decay:
-                np.multiply(weights[piece], decay, out=spare)
-                g += spare
+                np.multiply(weights[piece], decay, out=root)
+                g += root
         return gradient
 
     def state(self) -> dict[str, Any]:
-        if self._mean is None or self._square is None:
+        if self._sum is None or self._squares is None:
             return {"steps": 0}
-        return {"steps": self._steps, "mean": self._mean.copy(), "square": self._square.copy()}
+        return {"steps": self._steps, "sum": self._sum.copy(), "squares": self._squares.copy()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._steps = int(state["steps"])
-        self._mean = np.array(state["mean"], dtype=np.float32) if self._steps else None
-        self._square = np.array(state["square"], dtype=np.float32) if self._steps else None
+        self._sum = np.array(state["sum"], dtype=np.float32) if self._steps else None
+        self._squares = np.array(state["squares"], dtype=np.float32) if self._steps else None
 
 
 OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {"sgd": Sgd, "adamw": AdamW, "plain": Plain}
