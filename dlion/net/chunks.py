@@ -25,6 +25,8 @@ import numpy as np
 STREAMS = 3
 HEADER = struct.Struct("<BBHIQ")
 LENGTH = struct.Struct("<I")
+OPENING = struct.Struct("<BBHIQI")
+"""A header and the length field of the message that the chunk opens."""
 HEADER_BYTES = HEADER.size
 LENGTH_BYTES = LENGTH.size
 READ_BYTES = 64 * 1024
@@ -56,13 +58,8 @@ class Received(NamedTuple):
     body: memoryview
 
 
-class Frame(NamedTuple):
-    """A frame without payload (ACK, PING, PONG, BYE)."""
-
-    kind: int
-    stream: int
-    value: int
-    offset: int
+Frame = tuple[int, int, int, int]
+"""A frame without payload (ACK, PING, PONG, BYE): kind, stream, value, offset."""
 
 
 class _Inbound:
@@ -88,6 +85,8 @@ class ChunkReader:
         self.streams = [_Inbound(limit) for limit in bytes_max]
         self.messages: list[Received] = []
         self.frames: list[Frame] = []
+        self.arrived_bytes = 0
+        """Bytes of all streams that arrived since the owner last acknowledged."""
         self.chunk_ended = False
         self._space = memoryview(bytearray(READ_BYTES))
         self._restart()
@@ -146,9 +145,11 @@ class ChunkReader:
             raise ProtocolError(f"unknown frame {kind} on stream {index}")
         self._start = start + HEADER_BYTES
         if kind != DATA:
-            self.frames.append(Frame(kind, index, value, offset))
+            self.frames.append((kind, index, value, offset))
             return True
         stream = self.streams[index]
+        if have >= value and offset == stream.cursor and stream.message is None and self._whole(stream, index, value):
+            return True
         if offset > stream.cursor:
             raise ProtocolError(f"gap in stream {index}: {offset} received, {stream.cursor} expected")
         if not value or value > stream.bytes_max + LENGTH_BYTES:
@@ -157,6 +158,23 @@ class ChunkReader:
         if stream.message is not None and value - skip > stream.message.nbytes - stream.filled:
             raise ProtocolError(f"a chunk of stream {index} crosses the end of its message")
         self._stream, self._index, self._rest, self._skip = stream, index, value, skip
+        return True
+
+    def _whole(self, stream: _Inbound, index: int, nbytes: int) -> bool:
+        """The short way of most small messages: the chunk is a whole message and all of it is here."""
+        body = self._start + LENGTH_BYTES
+        end = self._start + nbytes
+        if (
+            not LENGTH_BYTES <= nbytes <= stream.bytes_max
+            or LENGTH.unpack_from(self._space, self._start)[0] != end - body
+        ):
+            return False
+        self._start = end
+        stream.cursor += nbytes
+        stream.count += 1
+        self.arrived_bytes += nbytes
+        self.chunk_ended = True
+        self.messages.append(Received(index, stream.count, memoryview(self._space[body:end].tobytes())))
         return True
 
     def _payload(self) -> bool:
@@ -199,6 +217,7 @@ class ChunkReader:
         self._start += LENGTH_BYTES
         self._rest -= LENGTH_BYTES
         stream.cursor += LENGTH_BYTES
+        self.arrived_bytes += LENGTH_BYTES
         stream.filled = 0
         # Not zeroed: pages of a large message are touched once, by the bytes that arrive.
         stream.message = memoryview(bytearray(length)) if length < READ_BYTES else np.empty(length, np.uint8).data
@@ -211,6 +230,7 @@ class ChunkReader:
         self._rest -= nbytes
         stream.cursor += nbytes
         stream.filled += nbytes
+        self.arrived_bytes += nbytes
         if not self._rest:
             self.chunk_ended = True
         if stream.filled == message.nbytes:

@@ -74,6 +74,7 @@ class Connection:
         self._ack_timer: asyncio.TimerHandle | None = None
         self._beat_timer: asyncio.TimerHandle | None = None
         self._full = False
+        self._full_since = self._full_s = 0.0
         self.last_heard = self._loop.time()
         """When bytes last came, loop time in seconds."""
         self._last_written = self.last_heard
@@ -161,6 +162,8 @@ class Connection:
             _write(link, buffers)
             if self._ear is not ear:
                 return
+            if not session.queued_bytes:
+                break
         if wrote:
             self._last_written = now
         self._arm_ack(now)
@@ -169,8 +172,9 @@ class Connection:
     def _watch_window(self) -> None:
         writable_bytes = self.session.writable_bytes()
         if not self._full:
-            self._full = not writable_bytes
+            self._full, self._full_since = not writable_bytes, self._loop.time()
         elif writable_bytes >= self.session.chunk_bytes_wanted:
+            self._full_s = self.full_s
             self._full = False
             self._on_writable()
 
@@ -213,7 +217,7 @@ class Connection:
         elif session.peer_bye is not None:
             self._lose(f"the peer said goodbye: {session.peer_bye!r}")
         elif self._ear is not None:
-            if self._full or session.has_outgoing or session.owes(now):
+            if self._full or session.queued_bytes or session.owes(now):
                 self._pump_soon()
             else:
                 self._arm_ack(now)
@@ -234,6 +238,11 @@ class Connection:
     def writable_bytes(self) -> int:
         """How much more this link can use now without building a queue; 0 without a link."""
         return self.session.writable_bytes() if self._ear is not None else 0
+
+    @property
+    def full_s(self) -> float:
+        """Seconds so far in which the window was full."""
+        return self._full_s + (self._loop.time() - self._full_since if self._full else 0.0)
 
     @property
     def rate_bps(self) -> float:

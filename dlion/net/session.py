@@ -19,8 +19,8 @@ from dlion.net.chunks import (
     BYE,
     DATA,
     HEADER,
-    LENGTH,
     LENGTH_BYTES,
+    OPENING,
     PING,
     PONG,
     STREAMS,
@@ -96,6 +96,10 @@ class _Outbound:
             flight = flights.popleft()[1]
         return flight
 
+    def inside_length(self, cursor: int) -> bool:
+        """No receiver stops inside a length field."""
+        return any(start < cursor < start + LENGTH_BYTES for start, _ in (*self.flying, *self.waiting))
+
     def rewind(self, cursor: int) -> None:
         """Nothing after ``cursor`` arrived: all of it waits again."""
         self.flights.clear()
@@ -122,13 +126,20 @@ class Session:
         self._out = [_Outbound() for _ in range(STREAMS)]
         self._ack_at = NEVER
         """When an acknowledgement must leave; NEVER when none is owed."""
-        self._unacked_arrivals = [0] * STREAMS
+        self._arrived_bytes = 0
         self._acked_cursors = [0] * STREAMS
         self._arrived_at = now
         self._ping: int | None = None
         self._pong: int | None = None
         self._ping_wanted = False
         self.peer_bye: Bye | int | None = None
+        self.queued_bytes = 0
+        """Bytes of all streams that wait to be sent, whether or not the window has room."""
+        self.chunk_bytes = limits.chunk_bytes_min
+        """How much leaves in one piece: about ``chunk_s`` of the link's rate."""
+        self.window_bytes = limits.window_bytes_initial
+        """Most unacknowledged bytes of the streams above control."""
+        self._tune()
 
     # What the owner says ---------------------------------------------------------------------------------------
 
@@ -149,6 +160,7 @@ class Session:
             raise SessionFullError(f"stream {stream} holds {out.end - out.acked} bytes that are not acknowledged")
         out.waiting.append((out.end, view))
         out.end += total
+        self.queued_bytes += total
         out.count += 1
         return out.count
 
@@ -168,12 +180,13 @@ class Session:
         """A new link: go on where ``peer_cursors`` (an absent stream is 0) say. Raises ProtocolError if they lie."""
         cursors = [peer_cursors.get(index, 0) for index in range(STREAMS)]
         for index, (out, cursor) in enumerate(zip(self._out, cursors, strict=True)):
-            if not out.acked <= cursor <= out.reached:
+            if not out.acked <= cursor <= out.reached or out.inside_length(cursor):
                 raise ProtocolError(f"cursor {cursor} of stream {index} is not in {out.acked} to {out.reached}")
         for out, cursor in zip(self._out, cursors, strict=True):
             out.rewind(cursor)
         self._reader.restart()
         self.estimate.restart(now)
+        self._tune()
         self._acked_cursors = [0] * STREAMS
         self._ack_at = now if any(self._reader.cursors().values()) else NEVER
         self._arrived_at = now
@@ -211,19 +224,20 @@ class Session:
         nbytes = min(rest, chunk_bytes)
         unacked_bytes = self.unacked_bytes
         if index != CONTROL:
-            nbytes = min(nbytes, int(self.window_bytes) - unacked_bytes)
+            nbytes = min(nbytes, self.window_bytes - unacked_bytes)
             if nbytes < min(rest, self.limits.chunk_bytes_min):
                 return 0
-        flight = self.estimate.sent(now, unacked_bytes + self._out[0].sent - self._out[0].acked)
-        if place < LENGTH_BYTES:
-            nbytes = max(nbytes, min(rest, LENGTH_BYTES))
-            buffers.append(HEADER.pack(DATA, index, 0, nbytes, out.sent) + LENGTH.pack(body.nbytes)[place:])
-            if nbytes > LENGTH_BYTES - place:
-                buffers.append(body[: nbytes - (LENGTH_BYTES - place)])
+        control = self._out[CONTROL]
+        flight = self.estimate.sent(now, unacked_bytes + control.sent - control.acked)
+        if not place:
+            buffers.append(OPENING.pack(DATA, index, 0, nbytes, out.sent, body.nbytes))
+            if nbytes > LENGTH_BYTES:
+                buffers.append(body if nbytes == rest else body[: nbytes - LENGTH_BYTES])
         else:
             buffers.append(HEADER.pack(DATA, index, 0, nbytes, out.sent))
             buffers.append(body[place - LENGTH_BYTES : place - LENGTH_BYTES + nbytes])
         out.sent += nbytes
+        self.queued_bytes -= nbytes
         out.reached = max(out.reached, out.sent)
         out.flights.append((out.sent, flight))
         if nbytes == rest:
@@ -238,6 +252,7 @@ class Session:
         """Append what rides along: acknowledgements, PING and PONG."""
         if self._ack_at != NEVER:
             self._ack_at = NEVER
+            self._reader.arrived_bytes = self._arrived_bytes = 0
             held_us = min(int((now - self._arrived_at) * MICROSECONDS), HELD_US_MAX)
             for index, stream in enumerate(self._reader.streams):
                 if stream.cursor != self._acked_cursors[index]:
@@ -264,9 +279,11 @@ class Session:
         """
         reader = self._reader
         reader.buffer_updated(nbytes)
-        for frame in reader.frames:
-            self._signal(frame, now)
-        reader.frames.clear()
+        if reader.frames:
+            for frame in reader.frames:
+                self._signal(frame, now)
+            reader.frames.clear()
+            self._tune()
         self._owe_ack(now)
         return self.take_messages()
 
@@ -277,24 +294,21 @@ class Session:
 
     def _owe_ack(self, now: float) -> None:
         """Say when the bytes that have arrived must be acknowledged."""
-        reader = self._reader
-        owed_bytes = 0
-        for index, stream in enumerate(reader.streams):
-            owed_bytes += stream.cursor - self._acked_cursors[index]
-        if owed_bytes:
+        reader, limits = self._reader, self.limits
+        if reader.arrived_bytes != self._arrived_bytes:
+            self._arrived_bytes = reader.arrived_bytes
             self._arrived_at = now
-            held_s = min(max(self.estimate.rtt_s / 4, self.limits.ack_held_s_min), self.limits.ack_held_s_max)
-            if reader.chunk_ended and owed_bytes >= ACK_BYTES:
+            if reader.chunk_ended and reader.arrived_bytes >= ACK_BYTES:
                 self._ack_at = now
             elif self._ack_at == NEVER:
-                self._ack_at = now + held_s
+                self._ack_at = now + min(max(self.estimate.rtt_s / 4, limits.ack_held_s_min), limits.ack_held_s_max)
         reader.chunk_ended = False
 
     def _signal(self, frame: Frame, now: float) -> None:
         kind, index, value, offset = frame
         if kind == ACK:
             out = self._out[index]
-            if offset > out.reached:
+            if offset > out.reached or (offset > out.sent and out.inside_length(offset)):
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
                 nbytes = offset - out.acked
@@ -310,18 +324,13 @@ class Session:
 
     # How it stands ---------------------------------------------------------------------------------------------
 
-    @property
-    def chunk_bytes(self) -> int:
-        """How much leaves in one piece: about ``chunk_s`` of the link's rate."""
-        limits = self.limits
-        return int(min(max(self.estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
-
-    @property
-    def window_bytes(self) -> float:
-        """Most unacknowledged bytes of the streams above control."""
+    def _tune(self) -> None:
+        """The estimate or the cursors have changed: so do window, chunk and what waits."""
         limits, estimate = self.limits, self.estimate
         least = 2 * limits.chunk_bytes_min if estimate.proven else limits.window_bytes_initial
-        return min(max(estimate.window_bytes(), least), limits.unacked_bytes_max)
+        self.window_bytes = int(min(max(estimate.window_bytes(), least), limits.unacked_bytes_max))
+        self.chunk_bytes = int(min(max(estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
+        self.queued_bytes = sum(out.end - out.sent for out in self._out)
 
     @property
     def unacked_bytes(self) -> int:
@@ -329,20 +338,15 @@ class Session:
         _, update, bulk = self._out
         return update.sent - update.acked + bulk.sent - bulk.acked
 
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of all streams that wait to be sent."""
-        return sum(out.end - out.sent for out in self._out)
-
     def writable_bytes(self) -> int:
         """How much more the link can use now without a queue; 0 when the window is full."""
         _, update, bulk = self._out
-        return max(0, int(self.window_bytes) - (update.end - update.acked) - (bulk.end - bulk.acked))
+        return max(0, self.window_bytes - (update.end - update.acked) - (bulk.end - bulk.acked))
 
     @property
     def chunk_bytes_wanted(self) -> int:
         """Room in the window that is worth telling the owner of."""
-        return min(self.chunk_bytes, int(self.window_bytes) // 4)
+        return min(self.chunk_bytes, self.window_bytes // 4)
 
     @property
     def idle(self) -> bool:
@@ -361,8 +365,3 @@ class Session:
     def received(self, stream: int) -> int:
         """Whole messages ever received on a stream."""
         return self._reader.streams[stream].count
-
-    @property
-    def has_outgoing(self) -> bool:
-        """Something waits to be sent, whether or not the window has room."""
-        return any(out.waiting for out in self._out)
