@@ -29,17 +29,17 @@ class VirtualLoop(base_events.BaseEventLoop):
         self._timers: list[tuple[float, int, events.TimerHandle]] = []
         self._failure: BaseException | None = None
         self._clock_resolution = 0.0
-        self.set_exception_handler(VirtualLoop._record)
+        self.set_exception_handler(_record)
 
     def time(self) -> float:
         return self._now
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
         return self.call_at(self._now + max(delay, 0.0), callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
         handle = events.TimerHandle(when, callback, args, self, context)
@@ -51,10 +51,10 @@ class VirtualLoop(base_events.BaseEventLoop):
     def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
         """Cancelled timers are dropped when their time comes."""
 
-    def _record(self, context: dict[str, Any]) -> None:
+    def fail(self, failure: BaseException) -> None:
+        """Stop the run with the first ``failure``."""
         if self._failure is None:
-            self._failure = context.get("exception") or RuntimeError(context.get("message", "callback failed"))
-        self.stop()
+            self._failure = failure
 
     def _run_once(self) -> None:
         ready = self._ready  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         timers = self._timers
         while timers:
             when, _, handle = heapq.heappop(timers)
-            if not handle._cancelled:  # type: ignore[attr-defined]
+            if not handle._cancelled:
                 self._now = when
                 self._ready.append(handle)  # type: ignore[attr-defined]
                 return
@@ -85,6 +85,11 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def _process_events(self, event_list: object) -> None:
         """There are no file descriptors."""
+
+
+def _record(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    assert isinstance(loop, VirtualLoop)
+    loop.fail(context.get("exception") or RuntimeError(context.get("message", "a callback failed")))
 
 
 def run(main: Any) -> Any:

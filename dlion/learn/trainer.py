@@ -90,7 +90,7 @@ class Trainer:
     """One peer's local training: a workload, an optimizer, a schedule and an order of the data."""
 
     def __init__(self, workload: Workload, optimizer: Optimizer, schedule: Schedule, rng_seed: int) -> None:
-        self._workload = workload
+        self.workload = workload
         self._optimizer = optimizer
         self._schedule = schedule
         self._order = Order(workload.train_size, rng_seed)
@@ -102,7 +102,7 @@ class Trainer:
         indices = self._order.take(batch)
         rate = self._schedule(global_samples)
         gradient = self._buffer()
-        loss = self._workload.gradient(snapshot, indices, gradient)
+        loss = self.workload.gradient(snapshot, indices, gradient)
         values = self._optimizer.step(gradient, snapshot, rate)
         return StepResult(values, loss, batch, rate, cursor)
 
@@ -111,7 +111,7 @@ class Trainer:
 
         May be called from another lane (one at a time).
         """
-        if buffer.shape != (self._workload.layout.size,) or buffer.dtype != np.float32 or not buffer.flags.writeable:
+        if buffer.shape != (self.workload.layout.size,) or buffer.dtype != np.float32 or not buffer.flags.writeable:
             raise ValueError("recycle takes buffers that came from step")
         if not any(kept is buffer for kept in tuple(self._spare)):
             self._spare.append(buffer)
@@ -120,7 +120,7 @@ class Trainer:
         try:
             return self._spare.pop()
         except IndexError:
-            return np.empty(self._workload.layout.size, dtype=np.float32)
+            return np.empty(self.workload.layout.size, dtype=np.float32)
 
     def state(self) -> dict[str, Any]:
         """Cursor and optimizer: with the weights, all that is needed to go on bit by bit."""

@@ -19,7 +19,6 @@ LOSSES = 20
 class LinkMeter:
     """Totals of one neighbour since the start, and marks of the last look."""
 
-    up: bool = False
     sent_bytes: int = 0
     received_bytes: int = 0
     entries: int = 0
@@ -28,6 +27,7 @@ class LinkMeter:
     marked_bytes: int = 0
     marked_entries: int = 0
     marked_messages: int = 0
+    marked_full_s: float = 0.0
 
 
 class Meter:
@@ -83,8 +83,12 @@ class Meter:
     def received(self, peer: str, nbytes: int) -> None:
         self.link(peer).received_bytes += nbytes
 
-    def up(self, peer: str, is_up: bool) -> None:
-        self.link(peer).up = is_up
+    def saturated(self, peer: str, full_s: float, interval_s: float) -> float:
+        """Share of the last interval in which the link was full; ``full_s`` is its total so far."""
+        meter = self.link(peer)
+        share = (full_s - meter.marked_full_s) / interval_s
+        meter.marked_full_s = full_s
+        return min(1.0, max(0.0, share))
 
     def refused(self, peer: str, reason: str) -> None:
         self.refusals.setdefault(peer, Counter())[reason.split(":")[0][:60]] += 1

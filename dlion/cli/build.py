@@ -1,0 +1,202 @@
+"""From configuration to a node: the composition root's workshop.
+
+Law: the one place where files' values become objects of all rooms. Knows every room; nobody knows it but the verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dlion import __version__, exchange
+from dlion.config import ConfigError, Job, config_hash, job_hash
+from dlion.exchange.base import Exchange
+from dlion.exchange.pace import PACES, Backup, Bounded, Pace
+from dlion.learn import schedules, workloads
+from dlion.learn.batching import Batcher, Fixed, GlobalBatch, Weighted
+from dlion.learn.optimizers import AdamW, Optimizer, Plain, Sgd
+from dlion.learn.trainer import Trainer, peer_seed
+from dlion.learn.workload import Workload, WorkloadSpec
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
+from dlion.neighbours import DialSettings, Identity
+from dlion.node import Learner, Node, NodeSettings, Seams
+from dlion.observe.runlog import Event, Header, RunLog
+from dlion.tensors import Flat
+
+Observer = Callable[[float, int, Flat, Flat], Iterable[Event]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, as configured: what every peer of it is built from."""
+
+    job: Job
+    topology: Topology
+    run: str = "run"
+    shares: tuple[float, ...] = ()
+    """Data shares of the peers in sorted order; () = equal."""
+
+    @property
+    def peers(self) -> list[PeerId]:
+        return sorted(self.topology.peers)
+
+
+def exchange_of(job: Job) -> Exchange:
+    """The strategy with its settings; raises ConfigError."""
+    table = job.exchange
+    try:
+        cls = exchange.find(table.name)
+    except ValueError as error:
+        raise ConfigError(job.job.name, "exchange.name", str(error)) from error
+    try:
+        made = cls(**settings_of(job, cls))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(job.job.name, "exchange.settings", f"{table.name}: {error}") from error
+    return made
+
+
+def settings_of(job: Job, cls: type[Exchange]) -> dict[str, object]:
+    """The strategy's own settings, and the job-wide ones that it takes."""
+    settings = dict(job.exchange.settings)
+    if "weighting" in cls.__init__.__annotations__:
+        settings.setdefault("weighting", job.batching.weighting)
+    return settings
+
+
+def pace_of(job: Job, made: Exchange) -> Pace:
+    """The job's pace, or the strategy's own; raises ConfigError for one that makes no sense with the strategy."""
+    name = job.pace.name or made.pace
+    if name not in PACES:
+        raise ConfigError(job.job.name, "pace.name", f'found "{name}"', f"one of {', '.join(PACES)}")
+    if name not in made.paces:
+        found, sensible = f'"{name}" makes no sense with {made.name}', f"one of {', '.join(made.paces)}"
+        raise ConfigError(job.job.name, "pace.name", found, sensible)
+    cls = PACES[name]
+    if cls is Bounded:
+        return Bounded(job.pace.staleness)
+    return Backup(job.pace.spare) if cls is Backup else cls()
+
+
+def workload_of(plan: Plan, peer: PeerId) -> Workload:
+    """The model and ``peer``'s part of the data; raises ConfigError, DataError."""
+    job, peers = plan.job, plan.peers
+    spec = WorkloadSpec(
+        name=job.job.workload,
+        hidden=job.model.hidden,
+        size=job.model.size,
+        partition=job.data.partition,
+        alpha=job.data.alpha,
+        seed=job.job.seed,
+        data_dir=Path(job.data.dir) if job.data.dir else None,
+        train_limit=job.data.train_limit or None,
+    )
+    try:
+        return workloads.build(spec, peers.index(peer), peers, plan.shares or (1.0,) * len(peers))
+    except ValueError as error:
+        raise ConfigError(job.job.name, "job.workload", str(error)) from error
+
+
+def optimizer_of(job: Job, consumes: str) -> Optimizer:
+    t = job.train
+    if consumes == "gradient":
+        return Plain()
+    if t.optimizer == "adamw":
+        return AdamW(betas=t.betas, eps=t.eps, weight_decay=t.weight_decay)
+    return Sgd(momentum=t.momentum, nesterov=t.nesterov, weight_decay=t.weight_decay)
+
+
+def schedule_of(job: Job) -> schedules.Schedule:
+    t = job.train
+    rate: schedules.Schedule = schedules.Constant(t.learning_rate)
+    if t.schedule == "cosine":
+        rate = schedules.Cosine(t.learning_rate, t.decay_samples, t.learning_rate * t.decay_factor)
+    elif t.schedule == "step":
+        decays = tuple(float(t.decay_samples * k) for k in range(1, 65))
+        rate = schedules.Step(t.learning_rate, decays, t.decay_factor)
+    return schedules.WarmUp(t.warmup_samples, rate) if t.warmup_samples else rate
+
+
+def batcher_of(plan: Plan, peer: PeerId, train_size: int) -> Batcher:
+    job = plan.job
+    b, train = job.batching, job.train
+    if b.mode == "fixed":
+        return Fixed(train.batch)
+    sizes = GlobalBatch(
+        start=b.global_start or train.batch * len(plan.peers),
+        train_size=train_size,
+        period_s=b.period_s if b.growth else float("inf"),
+        warm_add=b.warm_add,
+        speed_factor=b.speed_factor,
+        warm_share=b.warm_share,
+        speed_share=b.speed_share,
+    )
+    return Weighted(peer, sizes)
+
+
+def node_settings(job: Job) -> NodeSettings:
+    n = job.node
+    return NodeSettings(
+        until_s=job.job.until_s,
+        status_every_s=n.status_every_s,
+        evaluate_every_s=job.evaluate.every_s,
+        suspect_after_s=n.suspect_after_s,
+        drain_s=n.drain_s,
+        unacked_bytes_max=n.unacked_bytes_max,
+        queue_s=n.queue_s,
+        dial=DialSettings(
+            hello_timeout_s=n.hello_timeout_s,
+            backoff_min_s=n.dial_backoff_min_s,
+            backoff_max_s=n.dial_backoff_max_s,
+            heartbeat_s=n.heartbeat_s,
+        ),
+    )
+
+
+def identity_of(plan: Plan, peer: PeerId, workload: Workload, incarnation: int) -> Identity:
+    return Identity(plan.run, peer, incarnation, job_hash(plan.job)[:16], workload.layout.digest)
+
+
+def write_header(plan: Plan, identity: Identity, workload: Workload, log: RunLog) -> None:
+    job = plan.job
+    log.write(
+        Header(
+            t=0.0,
+            version=__version__,
+            run=plan.run,
+            peer=identity.peer,
+            cloud=plan.topology.cloud_of(identity.peer),
+            incarnation=identity.incarnation,
+            seed=job.job.seed,
+            config=config_hash(job, plan.topology.digest)[:16],
+            exchange=job.exchange.name,
+            job=job.job.name,
+            topology=plan.topology.name,
+            model=workload.layout.digest,
+            model_bytes=4 * workload.layout.size,
+        )
+    )
+
+
+def node_of(
+    plan: Plan,
+    peer: PeerId,
+    seams: Seams,
+    *,
+    workload: Workload,
+    incarnation: int = 1,
+    settings: NodeSettings | None = None,
+) -> Node:
+    """The node of ``peer``, with its header written."""
+    job = plan.job
+    strategy = exchange_of(job)
+    trainer = Trainer(
+        workload, optimizer_of(job, strategy.consumes), schedule_of(job), peer_seed(job.job.seed, peer)
+    )
+    learner = Learner(trainer, batcher_of(plan, peer, workload.global_train_size))
+    identity = identity_of(plan, peer, workload, incarnation)
+    write_header(plan, identity, workload, seams.log)
+    return Node(identity, plan.topology, learner, strategy, pace_of(job, strategy), seams, settings or node_settings(job))
+
+

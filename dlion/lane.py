@@ -1,0 +1,247 @@
+"""The exchange lane: runs the strategy, and is the only writer of the replica.
+
+Law: synchronous; runs on one thread, a batch of things that happened at a time, and returns what is to be done on the
+loop. Decoding, admission, hooks, selection, encoding and additions happen here; sockets, timers and tasks do not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from dlion.blocks import Block
+from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
+from dlion.messages import Message, PeerId, Stream
+from dlion.observe.runlog import Apply, Event
+from dlion.tensors import Flat, add_scaled
+from dlion.wire.admit import Admit
+from dlion.wire.codec import Malformed, decode, encode
+from dlion.wire.limits import Limits
+
+
+class Diverged(ArithmeticError):
+    """The peer's own update is not finite."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A whole message arrived from ``hop``."""
+
+    hop: PeerId
+    stream: int
+    seq: int
+    body: bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Writable:
+    peer: PeerId
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A strategy's timer."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class MembersChanged:
+    """``ctx.members``, ``ctx.links`` or ``ctx.routes`` are new."""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """All updates up to ``step`` are here: staged additions become visible."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class DrainNow:
+    """Training is over here: ask the strategy for what it still owes, from now on after every batch."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Show the weights to ``observer(view, replica)``; neither may be kept."""
+
+    observer: Callable[[Flat, Flat], Iterable[Event]]
+
+
+Item = Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look
+
+
+@dataclass
+class Outcome:
+    """What a batch of items asks the loop to do, and what it found."""
+
+    sends: list[tuple[tuple[PeerId, ...], bytes, Message]] = field(default_factory=list)
+    timers: list[Timer] = field(default_factory=list)
+    notices: list[Message] = field(default_factory=list)
+    """Messages of the node's own kinds."""
+    refused: list[tuple[PeerId, str]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    own_steps: int = 0
+    scanned: int = 0
+    """Float32 entries read or written: what the simulation charges for."""
+    ready: bool = True
+    owes: bool = False
+
+
+class Replica:
+    """The weights and the strategy that changes them. ``run`` is called in the exchange lane only."""
+
+    def __init__(self, exchange: Exchange, ctx: Context, weights: Flat, admit: Admit, limits: Limits) -> None:
+        self.exchange = exchange
+        self.ctx = ctx
+        self.applied: dict[PeerId, int] = {}
+        """Last step of each origin whose update was heard here."""
+        self.staleness_max = 0
+        self._weights = weights
+        self._mutex = threading.Lock()
+        self._admit = admit
+        self._limits = limits
+        self._staged: list[tuple[Add, int]] | None = None
+        self._draining = False
+        exchange.setup(ctx)
+
+    def stage(self) -> None:
+        """Hold additions back until a ``Barrier`` (lockstep)."""
+        self._staged = []
+
+    def snapshot_into(self, buffer: Flat) -> None:
+        """Copy the weights as they are between two additions; the one thing other lanes may do with them."""
+        with self._mutex:
+            np.copyto(buffer, self._weights)
+
+    def run(self, items: list[Item], now: float) -> Outcome:
+        """Handle ``items`` in order at time ``now`` (seconds since the run began)."""
+        self.ctx.now = now
+        outcome = Outcome()
+        for item in items:
+            self._handle(item, outcome)
+        if self._draining:
+            self._perform(self.exchange.drain(self.ctx), outcome)
+            outcome.owes = self.exchange.owes(self.ctx)
+        outcome.ready = self.exchange.ready(self.ctx.step, self.ctx)
+        return outcome
+
+    def _handle(self, item: Item, outcome: Outcome) -> None:
+        ctx, exchange = self.ctx, self.exchange
+        match item:
+            case Heard():
+                self._hear(item, outcome)
+            case Update():
+                self._check(item)
+                self._perform(exchange.after_step(item, ctx), outcome)
+                ctx.step = item.step + 1
+                outcome.own_steps += 1
+            case Writable():
+                if (link := ctx.links.get(item.peer)) is not None:
+                    self._perform(exchange.on_writable(link, ctx), outcome)
+            case Fired():
+                self._perform(exchange.on_timer(item.key, ctx), outcome)
+            case MembersChanged():
+                self._perform(exchange.on_members(ctx), outcome)
+            case Barrier():
+                self._commit(item.step, outcome)
+            case DrainNow():
+                self._draining = True
+                self._commit(None, outcome)
+                self._staged = None
+            case Look():
+                outcome.events.extend(item.observer(exchange.view(ctx.weights), ctx.weights))
+
+    def _hear(self, item: Heard, outcome: Outcome) -> None:
+        try:
+            message = decode(item.body, self._limits)
+        except Malformed as error:
+            outcome.refused.append((item.hop, f"malformed: {error}"))
+            return
+        reason = self._admit.check(message)
+        if reason is None and int(message.stream) != item.stream:
+            reason = "said on another stream than it claims"
+        if reason is not None:
+            outcome.refused.append((item.hop, reason))
+            return
+        message = replace(message, hop=item.hop, seq=item.seq)
+        if message.kind.startswith("~"):
+            outcome.notices.append(message)
+            return
+        for origin, _, last in message.coverage:
+            self.applied[origin] = max(last, self.applied.get(origin, -1))
+        self._perform(self.exchange.on_message(message.origin, message, self.ctx), outcome)
+
+    def _perform(self, actions: Iterable[Action], outcome: Outcome) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action, outcome)
+                case Add():
+                    if self._staged is None:
+                        self._add(action, self.ctx.step, outcome)
+                    else:
+                        self._staged.append((action, self.ctx.step))
+                case Timer():
+                    outcome.timers.append(action)
+
+    def _send(self, action: Send, outcome: Outcome) -> None:
+        message = action.message
+        if not message.origin:
+            message = replace(message, origin=self.ctx.me)
+        body = encode(message)
+        for peer in action.to:
+            if (link := self.ctx.links.get(peer)) is not None and message.stream is not Stream.CONTROL:
+                link.writable_bytes = max(0, link.writable_bytes - len(body))
+        outcome.sends.append((action.to, body, message))
+        outcome.scanned += sum(block.scanned for block in message.blocks)
+
+    def _add(self, action: Add, mine: int, outcome: Outcome) -> None:
+        values = action.values
+        with self._mutex:
+            if isinstance(values, Block):
+                values.add_to(self._weights, action.scale)
+                outcome.scanned += values.count
+            else:
+                add_scaled(self._weights, values, action.scale)
+                outcome.scanned += values.size
+        if (message := action.message) is not None:
+            entries = values.count if isinstance(values, Block) else values.size
+            self.staleness_max = max(self.staleness_max, mine - message.step)
+            outcome.events.append(
+                Apply(
+                    t=self.ctx.now,
+                    origin=message.origin,
+                    hop=message.hop,
+                    seq=message.seq,
+                    step=message.step,
+                    mine=mine,
+                    entries=entries,
+                )
+            )
+
+    def _commit(self, step: int | None, outcome: Outcome) -> None:
+        """Apply staged additions of steps up to ``step`` (None: all), ordered by step and origin: the same sums
+        in the same order on every peer."""
+        if self._staged is None:
+            return
+
+        def order(entry: tuple[Add, int]) -> tuple[int, str]:
+            spans = entry[0].coverage
+            return (spans[0].last, spans[0].origin) if spans else (-1, "")
+
+        due = [e for e in self._staged if step is None or order(e)[0] <= step]
+        self._staged = [e for e in self._staged if step is not None and order(e)[0] > step]
+        for add, mine in sorted(due, key=order):
+            self._add(add, mine, outcome)
+
+    def _check(self, update: Update) -> None:
+        if not (np.isfinite(update.loss) and np.isfinite(np.dot(update.values, update.values))):
+            raise Diverged(
+                f"step {update.step}: the loss is {update.loss:g} and the update is not finite; "
+                "lower train.learning_rate or check the data"
+            )

@@ -1,0 +1,89 @@
+"""Who counts, and how the strategy sees them: roster, bridges, gossip, links.
+
+Law: synchronous; ``now`` is an argument. Owns the roster and the plan of bridges, says what to gossip to whom, and
+keeps the strategy's picture (``Context``) up to date, but only when the exchange lane is at rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from dlion.exchange.base import Context, LinkView, Member
+from dlion.mesh.bridges import Plan, plan
+from dlion.mesh.roster import Record, Roster, State
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
+
+
+class Membership:
+    """The living peers of one node's topology, and their routes."""
+
+    def __init__(self, me: Record, topology: Topology, silent_after_s: float) -> None:
+        self.me = me.peer
+        self.topology = topology
+        self.roster = Roster(me, topology.peers, silent_after_s)
+        self.started = False
+        self.plan: Plan = self._replan()
+        self._shown = -1
+
+    def start(self) -> None:
+        """From now on only those that were heard of count."""
+        self.started = True
+        self.changed()
+
+    def changed(self) -> None:
+        """Somebody came, left or fell silent: plan the bridges anew."""
+        self.plan = self._replan()
+
+    def _replan(self) -> Plan:
+        """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
+        counted = {State.LIVE, State.FINISHED} if self.started else {State.LIVE, State.FINISHED, State.EXPECTED}
+        live = {p: self._power(p) for p, state in self.roster.states.items() if state in counted}
+        return plan(self.topology, live)
+
+    def _power(self, peer: PeerId) -> float:
+        """What the topology says, not what was measured: all peers must choose the same bridges."""
+        speed = self.topology.peers[peer].speed
+        return 1.0 if speed is None else speed.samples_per_s.mean
+
+    @property
+    def neighbours(self) -> tuple[PeerId, ...]:
+        return self.plan.neighbours(self.me)
+
+    def onward(self, came_from: PeerId | None, origin: PeerId) -> tuple[PeerId, ...]:
+        return self.plan.onward(self.me, came_from, self.topology.cloud_of(origin))
+
+    def subjects(self, neighbour: PeerId) -> list[PeerId]:
+        """Peers whose news we carry to ``neighbour``: ourselves, and those it has no link to."""
+        if self.topology.talk == "mesh":
+            return [self.me]
+        near = self.plan.neighbours(neighbour)
+        return [p for p in self.roster.records if p == self.me or (p not in near and p != neighbour)]
+
+    def show(self, ctx: Context, met: Collection[PeerId]) -> None:
+        """Bring ``ctx`` up to date. Called between two batches of the exchange lane."""
+        if self._shown == self.roster.version:
+            return
+        self._shown = self.roster.version
+        roster, topology = self.roster, self.topology
+        live = roster.live
+        ctx.routes = self.plan.routes(self.me)
+        ctx.members = {
+            p: Member(p, topology.cloud_of(p), (r := roster.records[p]).step, r.samples_per_s, r.batch, r.loss)
+            for p in live
+        }
+        ctx.links = {
+            p: ctx.links.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
+            for p in self.neighbours
+            if p in ctx.members and p in met
+        }
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Samples per second of the living."""
+        return {p: self.roster.records[p].samples_per_s for p in self.roster.live}
+
+    @property
+    def samples(self) -> int:
+        """Samples processed by all peers, as far as heard."""
+        return sum(r.samples for r in self.roster.records.values())

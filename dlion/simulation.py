@@ -1,0 +1,184 @@
+"""The same Node on a virtual clock, all peers of a topology in one process.
+
+Law: provides the four seams in their simulated form (loop, links, compute, seed) and nothing else; there is no second
+implementation of anything. Real gradients, modelled durations.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from dlion import clock
+from dlion.compute import Lane
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
+from dlion.net.link import Link, LinkError
+from dlion.net.pipe import pipe
+from dlion.net.shaped import Bottleneck, Route
+from dlion.node import Node, Seams
+from dlion.tensors import Flat
+
+T = TypeVar("T")
+
+WATCH_S = 120.0
+"""Virtual seconds in which a run must move: no step of anybody, and training is not over, is a deadlock."""
+
+
+class ModelledCompute:
+    """Jobs run at once, in the loop; then their modelled duration passes. One job at a time per lane."""
+
+    overrun = 0.0
+
+    def __init__(self) -> None:
+        self._free_at = dict.fromkeys(Lane, 0.0)
+
+    async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
+        loop = asyncio.get_running_loop()
+        result = job()
+        now = loop.time()
+        end = max(now, self._free_at[lane]) + cost_s(result)
+        self._free_at[lane] = end
+        if end > now:
+            await asyncio.sleep(end - now)
+        return result
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryNetwork:
+    """Pipes between the nodes of one process, shaped as the topology says. Shared resources are shared here too."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.doors: dict[PeerId, Callable[[Link], None]] = {}
+        bottlenecks = {name: Bottleneck(resource.rate) for name, resource in topology.resources.items()}
+        self.routes = {
+            ends: Route(tuple(bottlenecks[r] for r in link.resources), link.delay_s, link.up)
+            for ends, link in topology.links.items()
+        }
+
+    def dialer(self, me: PeerId) -> MemoryDialer:
+        return MemoryDialer(self, me)
+
+
+@dataclass(frozen=True)
+class MemoryDialer:
+    """``me``'s way into the network."""
+
+    network: MemoryNetwork
+    me: PeerId
+
+    async def dial(self, peer: str) -> Link:
+        network, other = self.network, PeerId(peer)
+        door = network.doors.get(other)
+        there, back = network.routes.get((self.me, other)), network.routes.get((other, self.me))
+        if door is None or there is None or back is None:
+            raise LinkError(f"{peer} cannot be reached from {self.me}")
+        now = asyncio.get_running_loop().time()
+        if any(route.up is not None and route.up.at(now) == 0 for route in (there, back)):
+            raise LinkError(f"{peer}: the link is out")
+        await asyncio.sleep(_delay(there, now) + _delay(back, now))
+        if other not in network.doors:
+            raise LinkError(f"{peer} has gone")
+        mine, theirs = pipe()
+        door(back.shape(theirs))
+        return there.shape(mine)
+
+
+def _delay(route: Route, now: float) -> float:
+    return route.delay_s if isinstance(route.delay_s, float | int) else route.delay_s.at(now)
+
+
+MakeNode = Callable[[PeerId, Seams | None, MemoryDialer, ModelledCompute], Node]
+
+
+@dataclass(frozen=True)
+class Death:
+    """At ``at_s`` virtual seconds the peer vanishes without a word, as by SIGKILL."""
+
+    peer: PeerId
+    at_s: float
+
+
+@dataclass
+class Result:
+    """What is left of a simulated run."""
+
+    virtual_seconds: float
+    replicas: dict[PeerId, Flat] = field(repr=False)
+    views: dict[PeerId, Flat] = field(repr=False)
+    steps: dict[PeerId, int]
+
+
+class Stuck(clock.Deadlock):
+    """Nobody has made a step for a long (virtual) time though training is not over."""
+
+
+def simulate(
+    topology: Topology,
+    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+    deaths: tuple[Death, ...] = (),
+    on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None = None,
+) -> Result:
+    """Run all peers of ``topology`` until each has finished; ``make`` builds a peer's node.
+
+    Raises what any node raised, Deadlock when nothing can happen any more, Stuck when nobody steps.
+    """
+    result: Result = clock.run(_run(topology, make, deaths, on_progress))
+    return result
+
+
+async def _run(
+    topology: Topology,
+    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+    deaths: tuple[Death, ...],
+    on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None,
+) -> Result:
+    network = MemoryNetwork(topology)
+    loop = asyncio.get_running_loop()
+    nodes = {peer: make(peer, network.dialer(peer), ModelledCompute()) for peer in sorted(topology.peers)}
+
+    async def live(peer: PeerId, node: Node) -> None:
+        async with node:
+            network.doors[peer] = node.accept
+            await node.wait()
+
+    async def watch() -> None:
+        before = -1
+        while True:
+            await asyncio.sleep(WATCH_S)
+            after = sum(node.step for node in nodes.values())
+            if after == before and any(node.state == "training" for node in nodes.values()):
+                waiting = ", ".join(f"{p} at step {n.step}" for p, n in nodes.items() if n.state == "training")
+                raise Stuck(f"at {loop.time():.1f} virtual seconds nobody has stepped for {WATCH_S:g} s: {waiting}")
+            before = after
+            if on_progress is not None:
+                on_progress(loop.time(), nodes)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            lives = {peer: group.create_task(live(peer, node)) for peer, node in nodes.items()}
+            watching = group.create_task(watch())
+            for death in deaths:
+                loop.call_at(death.at_s, _kill, lives[death.peer], network, death.peer)
+            for task in lives.values():
+                await asyncio.wait([task])
+            watching.cancel()
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    dead = {death.peer for death in deaths if lives[death.peer].cancelled()}
+    alive = {peer: node for peer, node in nodes.items() if peer not in dead}
+    return Result(
+        loop.time(),
+        {peer: node.ctx.weights for peer, node in alive.items()},
+        {peer: node.exchange.view(node.ctx.weights) for peer, node in alive.items()},
+        {peer: node.step for peer, node in nodes.items()},
+    )
+
+
+def _kill(life: asyncio.Task[None], network: MemoryNetwork, peer: PeerId) -> None:
+    network.doors.pop(peer, None)
+    life.cancel()
