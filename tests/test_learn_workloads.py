@@ -11,7 +11,7 @@ import pytest
 
 from dlion.learn.data import DataError, read_idx
 from dlion.learn.workload import WorkloadSpec
-from dlion.learn.workloads import WORKLOADS, build, digits
+from dlion.learn.workloads import WORKLOADS, build, digits, idx
 
 NAMES = ["a", "b", "c"]
 
@@ -199,3 +199,19 @@ def test_the_table_is_lazy() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="workload"):
         WorkloadSpec("toy", **settings)  # type: ignore[arg-type]
+
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "training"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real image files are not at ../shared/data/training")
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
+def test_real_files_load_with_their_canonical_statistics(name: str) -> None:
+    """60,000 + 10,000 images, normalised to mean 0 and deviation 1 by the canonical figures; mnist's 539 writers."""
+    data = idx.load.__wrapped__(name, REAL, name == "mnist")
+    assert (data.train_images.shape, data.test_images.shape) == ((60_000, 784), (10_000, 784))
+    inputs = data.normalised(data.train_images)
+    assert inputs.mean(dtype=np.float64) == pytest.approx(0, abs=5e-4)
+    assert inputs.std(dtype=np.float64) == pytest.approx(1, abs=5e-4)
+    assert data.writers is None or len(np.unique(data.writers)) == 539
+    assert np.bincount(data.test_labels[:1000]).min() > 60
