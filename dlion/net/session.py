@@ -210,10 +210,11 @@ class Session:
         if room == chunk_bytes and not self.owes(now):
             return buffers
         self._signals(now, buffers)
-        if not self._out[1].waiting and not self._out[2].waiting:
-            unacked_bytes = self.unacked_bytes
-            if unacked_bytes + chunk_bytes < self.window_bytes:
-                self.estimate.starved(unacked_bytes + self._out[0].sent - self._out[0].acked)
+        unacked_bytes = self.unacked_bytes
+        if self.queued_bytes or unacked_bytes + chunk_bytes >= self.window_bytes:
+            self.estimate.filled()
+        else:
+            self.estimate.starved(unacked_bytes + self._out[CONTROL].sent - self._out[CONTROL].acked)
         return buffers
 
     def _cut(self, index: int, out: _Outbound, chunk_bytes: int, now: float, buffers: list[Buffer]) -> int:
@@ -347,6 +348,16 @@ class Session:
     def chunk_bytes_wanted(self) -> int:
         """Room in the window that is worth telling the owner of."""
         return min(self.chunk_bytes, self.window_bytes // 4)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of all streams sent at least once."""
+        return sum(out.reached for out in self._out)
+
+    @property
+    def acked_bytes(self) -> int:
+        """Bytes of all streams that arrived for certain."""
+        return sum(out.acked for out in self._out)
 
     @property
     def idle(self) -> bool:
