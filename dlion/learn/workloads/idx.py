@@ -36,7 +36,7 @@ def load(name: str, data_dir: Path, with_writers: bool = False) -> Dataset:
     """Data set ``name`` from ``data_dir`` or its subfolder ``name``; cached for the peers of one process.
 
     The held-out set is shuffled (always alike), so that its first samples stand for all: mnist's lie sorted by source.
-    Mnist's training rows alternate between two sources of unlike stroke width, so never take every n-th of them.
+    Mnist's training rows alternate between two sources of unlike brightness, so never take every n-th of them.
     """
     folder = data_dir / name if (data_dir / name).is_dir() else data_dir
     train_images, train_labels = _pair(folder, "train")
