@@ -5,6 +5,7 @@ Law: words and numbers; imports no room. An exception's class is looked up only 
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Mapping
@@ -74,7 +75,8 @@ def fault_of(error: Exception) -> Fault | None:
             CONFIGURATION, f"the package {error.name} is not installed", advice=f"pip install 'dlion[{extra}]'"
         )
     if isinstance(error, OSError) and error.filename is not None:
-        return Fault(CANNOT_READ, "cannot read or write a file", str(error.filename), error.strerror or str(error))
+        code = CANNOT_WRITE if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) else CANNOT_READ
+        return Fault(code, "cannot read or write a file", str(error.filename), error.strerror or str(error))
     return None
 
 

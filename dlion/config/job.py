@@ -236,7 +236,7 @@ def _merge(into: dict[str, Any], layer: dict[str, Any], origin: str, origins: di
             _merge(into[name], value, origin, origins, path)
         elif isinstance(value, dict):
             into[name] = {}
-            origins.setdefault(path, origin)
+            origins[path] = origin
             _merge(into[name], value, origin, origins, path)
         else:
             into[name] = value
