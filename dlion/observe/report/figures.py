@@ -23,8 +23,20 @@ WIDTH_IN = 10.4
 def overview(runs: Sequence[Run], theme: Theme) -> Figure:
     """Accuracy and loss over time (mean as a line, worst peer as the edge of the band), and bytes sent."""
     figure = Figure(figsize=(WIDTH_IN, 6.4))
+    longest = max(len(_short(run.name)) for run in runs) if len(runs) > 1 else len("worst")
+    label = (0.2 + 0.085 * (longest + 7)) / WIDTH_IN
+    left, right = 0.055, 1 - label
+    panel = (right - left - label - left) / 2
     grid = figure.add_gridspec(
-        2, 2, height_ratios=(1.45, 1), left=0.055, right=0.905, top=0.93, bottom=0.075, hspace=0.42, wspace=0.42
+        2,
+        2,
+        height_ratios=(1.45, 1),
+        left=left,
+        right=right,
+        top=0.93,
+        bottom=0.075,
+        hspace=0.42,
+        wspace=(label + left) / panel,
     )
     _bands(figure.add_subplot(grid[0, :]), runs, "accuracy")
     _bands(figure.add_subplot(grid[1, 0]), runs, "loss")
@@ -42,12 +54,14 @@ def _bands(axes: Axes, runs: Sequence[Run], measure: str) -> None:
         axes.fill_between(band.t, band.mean, band.worst, color=hue(index), alpha=0.16, linewidth=0)
         axes.plot(band.t, band.worst, color=hue(index), linewidth=0.7, alpha=0.7)
         axes.plot(band.t, band.mean, color=hue(index))
-        label = f"{100 * band.mean[-1]:.1f} %" if accuracy else f"{band.mean[-1]:.3f}"
-        ends.append((float(band.mean[-1]), f"{run.name} {label}" if len(runs) > 1 else label, hue(index)))
+        ends.append((float(band.mean[-1]), _end(run, runs, "mean", float(band.mean[-1]), accuracy), hue(index)))
+        if len(runs) == 1:
+            ends.append((float(band.worst[-1]), _end(run, runs, "worst", float(band.worst[-1]), accuracy), hue(index)))
     if not ends:
         _nothing(axes, "no evaluations" if accuracy else "no steps")
-    title = "Accuracy of the deployable view" if accuracy else "Training loss"
-    axes.set_title(f"{title}: mean of the peers, and down to the worst" if accuracy else f"{title}, mean and worst")
+    axes.set_title(
+        "Accuracy of the deployable view: mean of the peers, band to the worst" if accuracy else "Training loss"
+    )
     if accuracy:
         axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     axes.set_xlim(0, max(run.seconds for run in runs) or 1)
@@ -64,7 +78,7 @@ def _sent(axes: Axes, runs: Sequence[Run]) -> None:
                 times, total / 1e6, color=hue(index), linestyle="-" if wan else (0, (2, 2)), alpha=1 if wan else 0.7
             )
             kind = "WAN" if wan else "LAN"
-            ends.append((float(total[-1]) / 1e6, kind if len(runs) == 1 else f"{run.name} {kind}", hue(index)))
+            ends.append((float(total[-1]) / 1e6, kind if len(runs) == 1 else f"{_short(run.name)} {kind}", hue(index)))
     axes.set_title("Sent by all peers, MB")
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, max(run.seconds for run in runs) or 1)
@@ -79,7 +93,7 @@ def peers(run: Run, theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH_IN, height_in))
     top, bottom = 1 - 0.42 / height_in, 0.5 / height_in
     grid = figure.add_gridspec(
-        1, 4, width_ratios=(1.25, 1.25, 1, 1), left=0.045, right=0.985, top=top, bottom=bottom, wspace=0.36
+        1, 4, width_ratios=(1.25, 1.25, 1, 1), left=0.045, right=0.985, top=top, bottom=bottom, wspace=0.46
     )
     colours = cloud_colours(run)
     batches = figure.add_subplot(grid[0])
@@ -139,7 +153,7 @@ def _stall(axes: Axes, run: Run, theme: Theme) -> None:
         longest = max(longest, start)
     _rows(axes, run)
     axes.set_xlim(0, max(longest * 1.35, 1.0))
-    axes.set_title("Stalled, % of the time")
+    axes.set_title("Stalled, % of time")
     for place, reason in zip((0.0, 0.3, 0.75), REASONS, strict=True):
         axes.annotate(
             reason,
@@ -163,6 +177,15 @@ def cloud_colours(run: Run) -> dict[str, str]:
     """One hue per micro-cloud, so that peers of one place look alike."""
     clouds = sorted({log.header.cloud for log in run.peers.values()})
     return {name: hue(clouds.index(log.header.cloud)) for name, log in run.peers.items()}
+
+
+def _end(run: Run, runs: Sequence[Run], which: str, value: float, accuracy: bool) -> str:
+    text = f"{100 * value:.1f} %" if accuracy else f"{value:.3f}"
+    return f"{_short(run.name)} {text}" if len(runs) > 1 else f"{which} {text}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"{name[:19]}…"
 
 
 def _nothing(axes: Axes, text: str) -> None:

@@ -58,7 +58,7 @@ def _multiples(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeri
             if (source, target) in table:
                 lan = same_cloud(run, source, target)
                 _spark(axes, table[source, target], (theme.muted if lan else colours.get(source, theme.ink)), theme)
-                axes.set_xlim(0, run.seconds or 1)
+                axes.set_xlim(min((link.t[0] for link in table.values() if link.t.size), default=0.0), run.seconds or 1)
                 axes.set_facecolor(theme.wash if lan else "none")
     figure.text(0.045, 0.1 / height_in, _caption(run), color=theme.muted, fontsize=8.5, va="center")
     return figure
@@ -102,7 +102,7 @@ def _heat(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeries], 
         shares[names.index(source), names.index(target)] = link.used_share
     side_in = min(WIDTH_IN, 1.4 + 0.46 * len(names))
     figure = Figure(figsize=(side_in, side_in))
-    axes = figure.add_axes((1.0 / side_in, 0.45 / side_in, 1 - 1.1 / side_in, 1 - 1.1 / side_in))
+    axes = figure.add_axes((1.0 / side_in, 0.45 / side_in, 1 - 1.1 / side_in, 1 - 0.85 / side_in))
     shade = LinearSegmentedColormap.from_list("share", ["#dfe9f2", "#2f6fab", "#173a5c"])
     axes.pcolormesh(np.ma.masked_invalid(shares), cmap=shade, vmin=0, vmax=1, edgecolors=theme.paper, linewidth=1.5)
     axes.grid(visible=False)

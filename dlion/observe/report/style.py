@@ -32,6 +32,8 @@ DARK = Theme(ink="#e6e9ec", muted="#98a2ad", grid="#2c333b", paper="#14181d", wa
 PAGE = Theme(ink="#010101", muted="#020202", grid="#030303", paper="#040404", wash="#050505")
 HUES = ("#2f6fab", "#c9702b", "#3d8b6d", "#8a63a6", "#b34e63", "#8b7d3a", "#4a8fa8", "#777f88")
 """Told apart on white and on near-black, and by most colour-blind readers in the first four."""
+SHORT_CHARS = 4
+"""Up to this length, labels of one colour may share a place: names of peers."""
 STALLS = {"pace": "#c9702b", "strategy": "#8a63a6", "room": "#b34e63"}
 
 
@@ -66,6 +68,7 @@ def settings(theme: Theme, salt: str) -> Any:
         "lines.linewidth": 1.6,
         "lines.solid_capstyle": "round",
         "text.color": theme.ink,
+        "text.parse_math": False,
         "xtick.color": theme.muted,
         "ytick.color": theme.muted,
         "xtick.labelsize": 8.5,
@@ -99,21 +102,25 @@ def in_theme(theme: Theme, salt: str) -> AbstractContextManager[None]:
 
 
 def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 0.065) -> None:
-    """Name lines at their right end instead of in a legend: (y, text, colour) each, moved apart where they collide.
+    """Name lines at their right end instead of in a legend: (y, text, colour) each.
 
-    ``gap`` is the least distance of two labels as a share of the axes' height.
+    ``gap`` is the least distance of two labels as a share of the axes' height: closer ones are moved apart, or share a
+    place if they are short and of one colour.
     """
     low, high = axes.get_ylim()
     span = (high - low) or 1.0
-    places = sorted(((y - low) / span, text, colour) for y, text, colour in ends)
-    spread: list[float] = []
-    for y, _, _ in places:
-        spread.append(max(y, spread[-1] + gap) if spread else max(y, 0.0))
-    overflow = max(spread[-1] - 1.0, 0.0) if spread else 0.0
-    for y, (_, text, colour) in zip(spread, places, strict=True):
+    labels: list[tuple[float, str, str]] = []
+    for y, text, colour in sorted(((y - low) / span, text, colour) for y, text, colour in ends):
+        if labels and len(text) <= SHORT_CHARS and labels[-1][2] == colour and y - labels[-1][0] < gap:
+            names = sorted([*labels[-1][1].split(), text])
+            labels[-1] = ((labels[-1][0] + y) / 2, " ".join(names), colour)
+        else:
+            labels.append((y, text, colour))
+    heights = apart([y for y, _, _ in labels], gap)
+    for y, (_, text, colour) in zip(heights, labels, strict=True):
         axes.annotate(
             text,
-            (1.0, y - overflow),
+            (1.0, y),
             xycoords="axes fraction",
             xytext=(6, 0),
             textcoords="offset points",
@@ -122,3 +129,18 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
             fontsize=8.5,
             annotation_clip=False,
         )
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending ``heights`` moved as little as needed to be ``gap`` apart, inside 0 to 1 as far as they fit."""
+    lifted: list[float] = []
+    for y in heights:
+        lifted.append(max(y, lifted[-1] + gap if lifted else 0.0))
+    lowered: list[float] = []
+    for y in reversed(heights):
+        lowered.append(min(y, lowered[-1] - gap if lowered else 1.0))
+    even = [(up + down) / 2 for up, down in zip(lifted, reversed(lowered), strict=True)]
+    placed: list[float] = []
+    for y in reversed(even):
+        placed.append(min(y, placed[-1] - gap if placed else 1.0))
+    return placed[::-1]
