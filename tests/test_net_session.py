@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlion.net.chunks import ACK, BYE, DATA, HEADER, HEADER_BYTES, LENGTH, PING, PONG, Bye, ProtocolError
+from dlion.net.chunks import ACK, BYE, DATA, HEADER, LENGTH, PING, PONG, Bye, ProtocolError
 from dlion.net.session import Session, SessionFullError, SessionLimits
 
 CONTROL, UPDATE, BULK = 0, 1, 2

@@ -44,13 +44,13 @@ class RateEstimator:
         """True once a sample was limited by the link and not by what there was to send."""
         self._best: deque[tuple[float, float]] = deque()
         self._delivered_bytes = 0
-        self._limited_until = 0
         self.restart(now)
 
     def restart(self, now: float) -> None:
         """A new link: nothing is in flight, and its distance may be another."""
         self._delivered_at = self._first_sent_at = now
         self._limited_until = 0
+        self._starving = True
         self._rtt_min_at = now
         self._probe_until = 0.0
         self._probe_rtt_s = 0.0
@@ -60,12 +60,19 @@ class RateEstimator:
         """A chunk leaves while ``in_flight_bytes`` are unacknowledged before it."""
         if not in_flight_bytes:
             self._delivered_at = self._first_sent_at = now
+            if self._starving:  # a new burst: what leaves before its first acknowledgement cannot fill the link
+                self._limited_until = self._delivered_bytes + 1
         limited = self._delivered_bytes < self._limited_until or self._probe_until > 0.0
         return Flight(now, self._delivered_bytes, self._delivered_at, self._first_sent_at, limited)
 
     def starved(self, in_flight_bytes: int) -> None:
         """The window has room but nothing is left to send: what is in flight now proves no upper bound."""
-        self._limited_until = self._delivered_bytes + max(in_flight_bytes, 1)
+        self._starving = True
+        self._limited_until = self._delivered_bytes + in_flight_bytes
+
+    def filled(self) -> None:
+        """There was more to send than the window had room for."""
+        self._starving = False
 
     def acked(self, now: float, nbytes: int, flight: Flight | None, held_s: float) -> None:
         """``nbytes`` more are acknowledged; ``flight`` is the newest chunk wholly covered, if any.
