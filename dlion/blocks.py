@@ -57,14 +57,21 @@ def low_bits(count: int, size: int) -> int:
     return low if low > 0 and count * (low + 1) + ((size - 1) >> low) + 1 < size else 0
 
 
+def low_planes(count: int, low: int) -> tuple[int, int]:
+    """How the low bits lie: (byte columns of ``count`` bytes, bit planes of ceil(count / 8) bytes)."""
+    columns, planes = low >> 3, low & 7
+    return (columns + 1, 0) if planes * ((count + 7) >> 3) > count else (columns, planes)
+
+
 def index_bytes(count: int, size: int) -> int:
     """Bytes of ``count`` strictly ascending positions below ``size``: within 1.12 of the entropy from 0.1 % to 10 %."""
     if count == 0:
         return 0
     low = low_bits(count, size)
     if low == 0:
-        return (size + 7) // 8
-    return (count * low + 7) // 8 + (count + ((size - 1) >> low) + 1 + 7) // 8
+        return (size + 7) >> 3
+    columns, planes = low_planes(count, low)
+    return columns * count + planes * ((count + 7) >> 3) + ((count + ((size - 1) >> low) + 8) >> 3)
 
 
 def block_bytes(encoding: Encoding, size: int, count: int | None = None) -> int:
@@ -120,7 +127,10 @@ class Block:
         if self.indices is None:
             add_scaled(target, self.values, scale)
         else:
-            target[self.indices] += self.values if scale == 1.0 else self.values * np.float32(scale)
+            places = self.indices.astype(np.intp)  # what NumPy would convert to anyway, twice and slowly
+            added = target[places]
+            added += self.values if scale == 1.0 else self.values * np.float32(scale)
+            target[places] = added
 
 
 def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0) -> Block:
@@ -282,4 +292,6 @@ def _unpack_nibbles(packed: npt.NDArray[np.generic], count: int) -> npt.NDArray[
 
 def all_finite(values: Flat) -> bool:
     """No NaN and no infinity. One pass without a temporary; only a sum that overflows needs a closer look."""
-    return math.isfinite(np.dot(values, values)) or bool(np.isfinite(values).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.dot(values, values))
+    return math.isfinite(squares) or bool(np.isfinite(values).all())

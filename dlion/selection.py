@@ -141,19 +141,24 @@ class Spectrum:
         positions: list[Positions] = []
         kept: list[Flat] = []
         total = 0
+        mask = np.empty(len(self._scratch), dtype=np.bool_)
         for lo, keys in self._keys():
-            peak = float(keys.max())
-            _finite_or_raise(peak)
-            if peak < threshold:
+            chosen = mask[: len(keys)]
+            np.less(keys, threshold, out=chosen)
+            np.logical_not(chosen, out=chosen)  # so that NaN is among the chosen, and noticed
+            here = chosen.nonzero()[0]
+            if len(here) == 0:
                 continue
-            here = np.flatnonzero(keys >= threshold)
             kept.append(keys[here])
             here += lo
             positions.append(here)
             total += len(here)
             if total > count_max:
                 return None
-        return _joined(positions, kept)
+        found = _joined(positions, kept)
+        if len(found[1]):
+            _finite_or_raise(float(found[1].max()))
+        return found
 
     def _exact(self, count: int) -> tuple[Positions, Flat]:
         """Fallback when the sample misleads (ties, clusters): the exact key by two radix counts, then one scan."""

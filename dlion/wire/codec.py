@@ -193,8 +193,11 @@ def _check_envelope(envelope: _Envelope, limits: Limits) -> None:
         if isinstance(value, float):
             if not math.isfinite(value):
                 raise Malformed(f"field {name!r} is not finite")
-        elif isinstance(value, str) and len(value) > limits.text_chars_max:
-            raise Malformed(f"field {name!r} is too long")
+        elif isinstance(value, str):
+            if len(value) > limits.text_chars_max:
+                raise Malformed(f"field {name!r} is too long")
+        elif value >= 1 << 63:
+            raise Malformed(f"field {name!r} does not fit 64 bits")
     for origin, first, last in coverage:
         if not 0 <= first <= last <= INT_MAX or len(origin) > 256:
             raise Malformed(f"no span: {origin[:256]!r} {first} to {last}")

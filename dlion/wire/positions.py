@@ -2,8 +2,9 @@
 
 Law: arrays and bytes only. The lengths are those of ``blocks.index_bytes``; nothing about them is on the wire.
 
-A position is cut in two: its ``low`` lower bits are packed as they are; of the rest, the n-th position sets bit
-(rest + n) of a bitmap. Where that would be longer than a plain bitmap of the range, it is the plain bitmap.
+A position is cut in two. Of its upper part, the n-th position sets bit (upper + n) of a bitmap. Its ``low_bits`` lower
+bits lie in columns of whole bytes and planes of single bits, because NumPy packs planes twenty times faster than it
+packs odd widths. Where all this would be longer than a plain bitmap of the range, it is the plain bitmap.
 """
 
 from __future__ import annotations
@@ -11,44 +12,49 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dlion.blocks import low_bits
+from dlion.blocks import low_bits, low_planes
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.uint32]
 
 
-def write(indices: Indices, size: int) -> tuple[Bytes, ...]:
+def write(indices: Indices, size: int) -> list[Bytes]:
     """Byte arrays that follow each other on the wire; ``index_bytes(len(indices), size)`` bytes in all."""
     count = len(indices)
     if count == 0:
-        return ()
+        return []
     low = low_bits(count, size)
     if low == 0:
         bitmap = np.zeros(size, dtype=np.bool_)
         bitmap[indices] = True
-        return (np.packbits(bitmap),)
+        return [np.packbits(bitmap)]
+    columns, planes = low_planes(count, low)
+    parts = [(indices >> np.uint32(8 * n)).astype(np.uint8) for n in range(columns)]
+    if 8 * columns > low:
+        parts[-1] &= np.uint8((1 << (low & 7)) - 1)
+    rest = (indices >> np.uint32(8 * columns)).astype(np.uint8)
+    parts += [np.packbits(rest & np.uint8(1 << n)) for n in range(planes)]
     bitmap = np.zeros(count + ((size - 1) >> low) + 1, dtype=np.bool_)
     bitmap[(indices >> np.uint32(low)) + np.arange(count, dtype=np.uint32)] = True
-    return _write_low(indices, low), np.packbits(bitmap)
+    parts.append(np.packbits(bitmap))
+    return parts
 
 
 def read(data: Bytes, count: int, size: int) -> Indices:
-    """Inverse of ``write``; ``data`` has ``index_bytes(count, size)`` bytes. ValueError unless strictly ascending
-    and below ``size``, with as many as were announced."""
+    """Inverse of ``write``; ``data`` has ``index_bytes(count, size)`` bytes. ValueError unless there are as many as
+    announced, strictly ascending and below ``size``."""
     if count == 0:
         return np.empty(0, dtype=np.uint32)
     low = low_bits(count, size)
-    packed = (count * low + 7) // 8
-    places = np.flatnonzero(np.unpackbits(data[packed:]).view(np.bool_)).astype(np.uint32)
-    if len(places) != count:
-        raise ValueError(f"{len(places)} positions where {count} were announced")
-    if low == 0:
-        indices = places
-    else:
-        places -= np.arange(count, dtype=np.uint32)
-        places <<= np.uint32(low)
-        places |= _read_low(data[:packed], count, low)
-        indices = places
+    columns, planes = low_planes(count, low)
+    at = columns * count + planes * ((count + 7) >> 3)
+    indices = np.flatnonzero(np.unpackbits(data[at:]).view(np.bool_)).astype(np.uint32)
+    if len(indices) != count:
+        raise ValueError(f"{len(indices)} positions where {count} were announced")
+    if low:
+        indices -= np.arange(count, dtype=np.uint32)
+        indices <<= np.uint32(low)
+        indices |= _read_low(data[:at], count, columns, planes)
         if not (indices[1:] > indices[:-1]).all():
             raise ValueError("positions are not strictly ascending")
     if indices[-1] >= size:
@@ -56,20 +62,16 @@ def read(data: Bytes, count: int, size: int) -> Indices:
     return indices
 
 
-def _width(low: int) -> int:
-    """Bytes that hold ``low`` bits: 1, 2 or 4."""
-    return 1 if low <= 8 else 2 if low <= 16 else 4
-
-
-def _write_low(indices: Indices, low: int) -> Bytes:
-    width = _width(low)
-    lower = (indices & np.uint32((1 << low) - 1)).astype(f">u{width}")
-    bits = np.unpackbits(lower.view(np.uint8).reshape(-1, width), axis=1)
-    return np.packbits(bits[:, 8 * width - low :])
-
-
-def _read_low(data: Bytes, count: int, low: int) -> Indices:
-    width = _width(low)
-    bits = np.zeros((count, 8 * width), dtype=np.uint8)
-    bits[:, 8 * width - low :] = np.unpackbits(data, count=count * low).reshape(count, low)
-    return np.packbits(bits, axis=1).view(f">u{width}").reshape(count).astype(np.uint32)
+def _read_low(data: Bytes, count: int, columns: int, planes: int) -> Indices:
+    rest = np.zeros(count, dtype=np.uint8)
+    at = columns * count
+    for n in range(planes):
+        bits = np.unpackbits(data[at : at + ((count + 7) >> 3)], count=count)
+        bits <<= np.uint8(n)
+        rest |= bits
+        at += (count + 7) >> 3
+    lower = rest.astype(np.uint32)
+    lower <<= np.uint32(8 * columns)
+    for n in range(columns):
+        lower |= data[n * count : (n + 1) * count].astype(np.uint32) << np.uint32(8 * n)
+    return lower
