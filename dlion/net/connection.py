@@ -122,6 +122,14 @@ class Connection:
         if link is not None:
             self._on_lost(reason)
 
+    def _part(self, code: int) -> None:
+        """The peer ends this link on purpose."""
+        link = self._detach()
+        if link is not None:
+            link.close()
+            name = code.name.lower() if isinstance(code, Bye) else f"code {code}"
+            self._on_lost(f"the peer said goodbye: {name}")
+
     def _fail(self, reason: str) -> None:
         """The peer broke the rules on this link."""
         link = self._detach()
@@ -215,7 +223,7 @@ class Connection:
         if fault:
             self._fail(fault)
         elif session.peer_bye is not None:
-            self._lose(f"the peer said goodbye: {session.peer_bye!r}")
+            self._part(session.peer_bye)
         elif self._ear is not None:
             if self._full or session.queued_bytes or session.owes(now):
                 self._pump_soon()
