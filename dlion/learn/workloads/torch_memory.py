@@ -1,0 +1,79 @@
+"""Where a torch module's numbers lie: in dlion's own arrays, or in a copy of them on another device.
+
+Law: flat buffers and tensors on the same memory; knows no module and no loss. The only file in which the host's
+memory and a device's meet.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+import torch
+
+from dlion.tensors import Flat
+
+
+def alias(flat: Flat) -> torch.Tensor:
+    """A tensor on the memory of ``flat`` (float32, contiguous), which it keeps alive. Nothing is copied.
+
+    By address rather than ``torch.from_numpy``, which warns of arrays marked read-only, as snapshots are.
+    """
+    if flat.dtype.str != "<f4" or not flat.flags.c_contiguous:
+        raise ValueError(f"expected contiguous float32, got {flat.dtype} with strides {flat.strides}")
+    if not flat.size:
+        return torch.empty(0)
+    memory = (ctypes.c_float * flat.size).from_address(flat.ctypes.data)
+    memory.owner = flat  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+class Memory(Protocol):
+    """Where a step's weights and gradient lie. Each call ends the life of what the same method returned before."""
+
+    def weights(self, host: Flat) -> torch.Tensor:
+        """The values of ``host`` where the module computes; may be ``host`` itself, so it may not be written."""
+
+    def gradient(self, host: Flat) -> torch.Tensor:
+        """Zeros where the module computes, as long as ``host``; ``fetch`` brings them home."""
+
+    def fetch(self, tensor: torch.Tensor, host: Flat) -> None:
+        """Make ``host`` hold the values of ``tensor``, which ``gradient(host)`` had returned."""
+
+
+class Shared:
+    """The host's processor computes on dlion's arrays themselves: no copy at all."""
+
+    def weights(self, host: Flat) -> torch.Tensor:
+        return alias(host)
+
+    def gradient(self, host: Flat) -> torch.Tensor:
+        return alias(host).zero_()
+
+    def fetch(self, tensor: torch.Tensor, host: Flat) -> None:
+        """They are the same memory."""
+
+
+class Staged:
+    """Another device: one copy there at the head of a step, one copy back at its end, two buffers that stay there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._weights = self._gradient = torch.empty(0, device=device)
+
+    def weights(self, host: Flat) -> torch.Tensor:
+        if len(self._weights) != host.size:
+            self._weights = torch.empty(host.size, device=self._device)
+        return self._weights.copy_(alias(host))
+
+    def gradient(self, host: Flat) -> torch.Tensor:
+        if len(self._gradient) != host.size:
+            self._gradient = torch.empty(host.size, device=self._device)
+        return self._gradient.zero_()
+
+    def fetch(self, tensor: torch.Tensor, host: Flat) -> None:
+        alias(host).copy_(tensor)
+
+
+def memory_of(device: torch.device) -> Memory:
+    return Shared() if device.type == "cpu" else Staged(device)
