@@ -182,7 +182,6 @@ def test_the_digest_follows_the_file(tmp_path: Path) -> None:
         (TWO.replace('"10Mbit"', "{ steps = [[0, 5, 6]] }"), "wan[0].bandwidth.steps[0]"),
         (TWO.replace('"10Mbit"', "{ steps = [[0, -1]] }"), "wan[0].bandwidth.steps[0][1]"),
         (TWO.replace('"10Mbit"', "{ stepps = [[0, 1]] }"), "wan[0].bandwidth.stepps"),
-        (TWO.replace('"10Mbit"', "{ trace = 'none.gz' }"), "wan[0].bandwidth.trace"),
         (TWO.replace("30ms", "30 lightyears"), "wan[0].delay"),
         (TWO.replace('["a", "b"]', '["a", "z"]'), "wan[0].between"),
         (TWO.replace('["a", "b"]', '["a", "a"]'), "wan[0].between"),

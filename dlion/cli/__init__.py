@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import click
 
+from dlion import __version__
 from dlion.cli import errors
 
 
@@ -50,7 +51,7 @@ class Verbs(click.Group):
 
 def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
-        click.echo(f"dlion {version()}")
+        click.echo(f"dlion {__version__}")
         ctx.exit()
 
 
@@ -65,16 +66,6 @@ def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None
 )
 def dlion() -> None:
     """Train one model across many sites with no central server, over the links they really have."""
-
-
-def version() -> str:
-    """The installed version; "0+source" where dlion is not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("dlion")
-    except metadata.PackageNotFoundError:
-        return "0+source"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -95,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         fault = errors.fault_of(error)
         if fault is None:
-            click.echo(errors.bug_notice(error, version()), err=True)
+            click.echo(errors.bug_notice(error, __version__), err=True)
             return errors.BUG
         click.echo(fault.text(), err=True)
         return fault.code

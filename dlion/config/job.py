@@ -71,9 +71,7 @@ class Train(Table, frozen=True):
     """Of the learning rate, over samples that all peers together have trained on."""
     warmup_samples: Count = 0
     decay_samples: Count = 0
-    """cosine: where the curve ends."""
-    decay_at: tuple[Positive, ...] = ()
-    """step: the counts of samples at which the rate falls."""
+    """cosine: where the curve ends; step: samples from one decay to the next."""
     decay_factor: Share = 0.1
     """cosine: the share of the learning rate left at the end; step: the factor of each decay."""
 
@@ -251,10 +249,8 @@ def _check(job: Job, reader: Reader) -> None:
         raise reader.error("job.workload", f'found "{job.job.workload}"', 'a workload\'s name or "module:factory"')
     if t.nesterov and not t.momentum:
         raise reader.error("train.nesterov", "found true with momentum 0", "momentum above 0")
-    if t.schedule == "step" and not t.decay_at:
-        raise reader.error("train.decay_at", "found none", "counts of samples for the step schedule")
-    if t.schedule == "cosine" and not t.decay_samples:
-        raise reader.error("train.decay_samples", "found 0", "above 0 for the cosine schedule")
+    if t.schedule != "constant" and not t.decay_samples:
+        raise reader.error("train.decay_samples", "found 0", f"above 0 for the {t.schedule} schedule")
     if t.schedule == "cosine" and t.warmup_samples >= t.decay_samples:
         raise reader.error("train.warmup_samples", f"found {t.warmup_samples}", f"below {t.decay_samples}")
     if b.warm_share > b.speed_share:

@@ -77,7 +77,7 @@ def load_setup(
     name = _checked_name(peer, topology, reader)
     speed = topology.peers[name].speed
     if peer.speed is not None:
-        rate = Rates(reader, path.parent).read(peer.speed, "number", "speed")
+        rate = Rates(reader).read(peer.speed, "number", "speed")
         overhead_s = speed.overhead_s if speed else 0.0
         speed = Speed(rate, overhead_s) if max(rate.values) else None
     return PeerSetup(path, peer, job, topology, speed, _addresses(peer, name, topology, reader))

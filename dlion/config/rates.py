@@ -1,15 +1,12 @@
-"""A rate as written in a topology file -> ``net.wan.Rate``: a constant, steps over time, or a trace.
+"""A rate as written in a topology file -> ``net.wan.Rate``: a constant, or steps over time.
 
-Law: three forms, one result. ``"50Mbit"``; ``{ steps = [[0, "50Mbit"], ["60s", "20Mbit"]], loop = "2m" }``;
-``{ trace = "file", format = "mahimahi", loop = true, offset = "10s", scale = 0.5 }``.
+Law: two forms, one result. ``"50Mbit"``; ``{ steps = [[0, "50Mbit"], ["60s", "20Mbit"]], loop = "2m" }``.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta
 
 from dlion.config.job import Table
@@ -26,30 +23,16 @@ class StepsTable(Table, frozen=True):
     scale: Annotated[float, Meta(gt=0)] = 1.0
 
 
-class TraceTable(Table, frozen=True):
-    trace: str
-    """Relative to the file that names it."""
-    format: str = ""
-    """"" = told from the file's name."""
-    loop: bool = True
-    offset_s: Seconds = 0.0
-    scale: Annotated[float, Meta(gt=0)] = 1.0
-    settings: dict[str, Any] = msgspec.field(default_factory=dict)
-    """Columns and units, where the format asks for them."""
-
-
 class Rates:
-    """Reads the rates of one file; ``traces`` collects the trace files it names."""
+    """Reads the rates of one file."""
 
-    def __init__(self, reader: Reader, directory: Path) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self._directory = directory
-        self.traces: list[Path] = []
 
     def read(self, raw: object, unit: str, key: str) -> Rate:
         """``raw`` in ``unit`` (``bits_per_s`` or ``number``)."""
         if isinstance(raw, dict):
-            return self._trace(raw, key) if "trace" in raw else self._steps(raw, unit, key)
+            return self._steps(raw, unit, key)
         return Rate.constant(self._value(raw, unit, key))
 
     def _value(self, raw: object, unit: str, key: str) -> float:
@@ -77,10 +60,3 @@ class Rates:
             return Rate.steps(times, values, loop=table.loop is not None, period_s=table.loop, offset_s=table.offset_s)
         except ValueError as error:
             raise self._reader.error(key, str(error), "times that increase, and a loop beyond the last one") from None
-
-    def _trace(self, raw: dict[str, Any], key: str) -> Rate:
-        table = self._reader.struct(raw, TraceTable, key)
-        path = self._directory / table.trace
-        if not path.is_file():
-            raise self._reader.error(join(key, "trace"), f'no such file "{path}"', "a trace beside this file")
-        raise self._reader.error(key, "traces are not readable yet")

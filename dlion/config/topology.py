@@ -105,7 +105,7 @@ def load_topology(name_or_path: str | Path, *, talk: Talk | None = None) -> Topo
     found = find("topology", name_or_path)
     reader = Reader(str(found.path))
     file = reader.struct(read_toml(found.path), TopologyFile)
-    return _Builder(file, reader, Rates(reader, found.path.parent)).build(found, talk or file.talk)
+    return _Builder(file, reader, Rates(reader)).build(found, talk or file.talk)
 
 
 class _Builder:
@@ -127,9 +127,6 @@ class _Builder:
         self._caps("ingress", self.file.ingress)
         self._explicit_links()
         self._check_joined(talk)
-        digest = hashlib.sha256(found.path.read_bytes())
-        for trace in self.rates.traces:
-            digest.update(trace.read_bytes())
         return Topology(
             name=found.name,
             peers=peers,
@@ -141,7 +138,7 @@ class _Builder:
                 for p, a in sorted(self.file.addresses.items())
             },
             about=self.file.about,
-            digest=digest.hexdigest(),
+            digest=hashlib.sha256(found.path.read_bytes()).hexdigest(),
         )
 
     def _check_names(self) -> None:

@@ -45,8 +45,10 @@ class Speed:
     overhead_s: float = 0.0
 
     def seconds(self, samples: int, start_s: float) -> float:
-        return self.overhead_s + self.samples_per_s.finish(start_s + self.overhead_s, samples) - (
-            start_s + self.overhead_s
+        return (
+            self.overhead_s
+            + self.samples_per_s.finish(start_s + self.overhead_s, samples)
+            - (start_s + self.overhead_s)
         )
 
 
@@ -73,7 +75,7 @@ class Topology:
     """``host:port`` of the peers whose place is fixed."""
     about: str = ""
     digest: str = ""
-    """sha256 of the file (and traces) this was read from; "" when made by hand."""
+    """sha256 of the file this was read from; "" when made by hand."""
 
     @cached_property
     def clouds(self) -> dict[str, tuple[PeerId, ...]]:
