@@ -58,7 +58,7 @@ def peer_application(accept: Callable[[StreamLink], None], *, links_max: int = L
         if len(links) >= links_max:
             return web.Response(status=503, text="too many links\n")
         if request.transport is None:
-            raise ConnectionResetError
+            return web.Response(status=400, text="gone\n")
         upgraded = _take_away(request, name)
         links.add(upgraded)
         upgraded.lost.add_done_callback(lambda _: links.discard(upgraded))
@@ -134,13 +134,13 @@ async def serve(
             timer.cancel()
         return await handler(request)
 
-    def cut(protocol: web.RequestHandler[web.Request]) -> None:
+    def cut(protocol: web.RequestHandler) -> None:
         del waiting[protocol]
         if protocol.transport is not None:
             protocol.transport.abort()
 
     def accepted() -> asyncio.BaseProtocol:
-        protocol = cast(web.Server[web.Request], runner.server)()
+        protocol = cast(web.Server, runner.server)()
         waiting[protocol] = loop.call_later(request_deadline_s * (1 if ssl is None else 2), cut, protocol)
         return protocol
 
@@ -265,6 +265,7 @@ class _Answer(asyncio.BufferedProtocol):
 
     def give_up(self) -> None:
         """Close the connection, unless its link was taken."""
-        self.link.cancel()
+        if not self.link.cancel() and not self.link.cancelled():
+            self.link.exception()  # seen: nobody may be waiting for it any more
         if self._transport is not None:
             self._transport.abort()
