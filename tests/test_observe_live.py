@@ -12,7 +12,7 @@ from prometheus_check import parse_exposition
 from rich.console import Console
 
 from dlion.observe.admin import admin_application, readiness, served
-from dlion.observe.live import LiveView, bar, link_cell, progress_line, size, table
+from dlion.observe.live import LiveView, bar, link_cell, links, progress_line, size, table
 from dlion.observe.metrics import exposition
 from dlion.observe.status import LinkStatus, PeerStatus
 
@@ -79,6 +79,19 @@ def test_the_table_of_sixteen_peers_fits_peers_without_links_and_links_that_are_
     console = Console(file=io.StringIO(), width=160)
     console.print(table(statuses))
     assert "down" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "hidden"), [(140, "12.3/20 ███", ""), (100, "12.3/20 9.0%", "███"), (60, "62%", "12.3")]
+)
+def test_no_column_is_cut_on_a_narrow_terminal(width: int, shown: str, hidden: str) -> None:
+    names = ["a1", "a2", "b1", "b2", "c1", "c2"]
+    statuses = [status(name) | {"links": {n: link() for n in names}} for name in names]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(links(statuses, width))
+    text = console.file.getvalue()
+    assert text.count(shown) == 36 and "…" not in text
+    assert not hidden or hidden not in text
 
 
 @pytest.mark.parametrize(("share", "drawn"), [(0.0, "     "), (0.5, "██▌  "), (1.0, "█████"), (0.999, "█████")])

@@ -17,6 +17,8 @@ from dlion.observe.status import LinkStatus, PeerStatus
 
 _STATE_STYLES = {"training": "green", "waiting": "yellow", "draining": "cyan", "stopped": "dim"}
 BAR_CELLS = 5
+HEAD_CHARS, CELL_CHARS, SHORT_CELL_CHARS = 8, 20, 15
+"""Columns of the link table: its head, a cell with everything, a cell without the bar."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -42,7 +44,7 @@ class LiveView:
         if self._live is None:
             self._console.print(progress_line(statuses), soft_wrap=True, highlight=False, markup=False)
         else:
-            self._live.update(table(statuses), refresh=True)
+            self._live.update(table(statuses, self._console.width), refresh=True)
 
 
 def progress_line(statuses: Sequence[PeerStatus]) -> str:
@@ -65,8 +67,8 @@ def progress_line(statuses: Sequence[PeerStatus]) -> str:
     return "  ".join(f"{name}: {value}" for name, value in facts.items())
 
 
-def table(statuses: Sequence[PeerStatus]) -> RenderableType:
-    """One row per peer; below, per peer, one line with its links: Mbit/s used of available, and the share sent."""
+def table(statuses: Sequence[PeerStatus], width: int = 120) -> RenderableType:
+    """One row per peer; below, per peer, one line with its links. ``width`` of the terminal, characters."""
     rows = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name in ("peer", "cloud", "state"):
         rows.add_column(name)
@@ -86,34 +88,62 @@ def table(statuses: Sequence[PeerStatus]) -> RenderableType:
             str(status["staleness_max"]),
             f"{100 * status['stall_share']:.1f}%",
         )
-    return Group(rows, Text(), links(statuses), Text(), Text(progress_line(statuses), style="dim"))
+    return Group(rows, Text(), links(statuses, width), Text(), Text(progress_line(statuses), style="dim"))
 
 
-def links(statuses: Sequence[PeerStatus]) -> Table:
-    """Senders as rows, receivers as columns: used/available Mbit/s, a bar of that, and the share of the model sent."""
+def links(statuses: Sequence[PeerStatus], width: int = 120) -> Table:
+    """Senders as rows, receivers as columns. As much per cell as fits: Mbit/s used/available, a bar of that, share of
+    the model sent; without the bar; or only how much of the link is used."""
     targets = sorted({peer for status in statuses for peer in status["links"]})
     grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    grid.add_column("Mbit/s")
+    room = (width - HEAD_CHARS) // max(len(targets), 1)
+    cell = link_cell if room >= CELL_CHARS else short_cell if room >= SHORT_CELL_CHARS else used_cell
+    grid.add_column("used" if cell is used_cell else "Mbit/s")
     for target in targets:
         grid.add_column(f"→ {target}", justify="left", no_wrap=True)
     for status in statuses:
-        cells = [link_cell(status["links"].get(target)) for target in targets]
+        cells = [cell(status["links"].get(target)) for target in targets]
         grid.add_row(Text(f"{status['peer']} →", style="bold"), *cells)
     return grid
 
 
 def link_cell(link: LinkStatus | None) -> Text:
     """``12.3/20 ███▌  9%``; dim on a LAN, red when the link is down, empty when there is none."""
+    if link is None or not link["up"]:
+        return used_cell(link)
+    rates = Text(_rates(link), style=_tone(link)).append(" ")
+    return rates.append(bar(_used_share(link)), style="cyan").append(f" {percent(link['share_sent'])}")
+
+
+def short_cell(link: LinkStatus | None) -> Text:
+    """``12.3/20 9%``."""
+    if link is None or not link["up"]:
+        return used_cell(link)
+    return Text(f"{_rates(link)} {percent(link['share_sent'])}", style=_tone(link))
+
+
+def used_cell(link: LinkStatus | None) -> Text:
+    """``62%``: used of available."""
     if link is None:
         return Text("")
-    if not link["up"]:
-        return Text("down", style="red")
-    limit_bps = link["available_bps"] or link["rate_bps"]
-    used, limit = mbit(link["used_bps"]), mbit(limit_bps)
-    share = min(link["used_bps"] / limit_bps, 1.0) if limit_bps > 0 else 0.0
-    cell = Text(f"{used}/{limit} ", style="dim" if link.get("lan", False) else "")
-    cell.append(bar(share), style="cyan")
-    return cell.append(f" {percent(link['share_sent'])}")
+    return Text(percent(_used_share(link)), style=_tone(link)) if link["up"] else Text("down", style="red")
+
+
+def _limit_bps(link: LinkStatus) -> float:
+    return link["available_bps"] or link["rate_bps"]
+
+
+def _used_share(link: LinkStatus) -> float:
+    limit_bps = _limit_bps(link)
+    return min(link["used_bps"] / limit_bps, 1.0) if limit_bps > 0 else 0.0
+
+
+def _rates(link: LinkStatus) -> str:
+    return f"{mbit(link['used_bps'])}/{mbit(_limit_bps(link))}"
+
+
+def _tone(link: LinkStatus) -> str:
+    return "dim" if link.get("lan", False) else ""
 
 
 def bar(share: float, cells: int = BAR_CELLS) -> str:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import msgspec
 import numpy as np
@@ -23,12 +23,16 @@ Column = npt.NDArray[Any]
 EVAL_SUFFIX = ".eval.jsonl"
 """Evaluations made outside the peer's process lie beside its log, in NAME + this."""
 
+Name = TypeVar("Name", bound=str)
+
 _KINDS: tuple[type[runlog.Event], ...] = get_args(runlog.AnyEvent)
 _DTYPES: Mapping[type, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_, str: np.str_}
 
 
 class DamagedLogError(ValueError):
     """A log cannot be read; the text names the file, the line and what is wrong."""
+
+    exit_code: ClassVar[int] = 65
 
 
 def parse(data: bytes, source: str = "log") -> list[runlog.Event]:
@@ -116,7 +120,7 @@ class Run:
         return max((float(t.max()) for t in stamps if t.size), default=0.0)
 
 
-def from_memory(name: str, logs: Mapping[str, bytes]) -> Run:
+def from_memory(name: str, logs: Mapping[Name, bytes]) -> Run:
     """A run from the lines of each peer (``runlog.Memory.data``)."""
     return Run(name, {peer: PeerLog.of(parse(logs[peer], peer), peer) for peer in sorted(logs)})
 

@@ -14,11 +14,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
+Name = TypeVar("Name", bound=str)
 FORMAT = 1
 """Version of the schema, in every header; readers refuse a later one."""
 PENDING_EVENTS_MAX = 4096
@@ -235,7 +236,7 @@ class Digest:
         return self._sha256.hexdigest()
 
 
-def run_digest(by_peer: Mapping[str, str]) -> str:
+def run_digest(by_peer: Mapping[Name, str]) -> str:
     """One sha256 for a whole run, from the hex digests of its peers' logs; independent of the mapping's order."""
     lines = "".join(f"{peer} {by_peer[peer]}\n" for peer in sorted(by_peer))
     return hashlib.sha256(lines.encode()).hexdigest()

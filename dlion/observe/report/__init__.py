@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,17 +21,11 @@ if TYPE_CHECKING:
     from dlion.observe.report.style import Theme
 
 
-class ReportError(Exception):
-    """A report cannot be made; the text says what to do."""
-
-
 def build_report(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write the page to ``out`` and each picture beside it as ``STEM-PICTURE.png``; returns all paths, page first.
 
-    Raises ReportError without matplotlib, OSError when a file cannot be written.
+    Raises ModuleNotFoundError without matplotlib (the extra ``report``), OSError when a file cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ReportError("the report needs matplotlib, which is not installed: pip install 'dlion[report]'")
     from dlion.observe.report import style
 
     runs = _told_apart(runs)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dlion.observe.live import mbit, size
 from dlion.observe.read import Run
@@ -18,6 +19,10 @@ from dlion.observe.report.figures import WIDTH_IN, cloud_colours
 from dlion.observe.report.series import LinkSeries, link_table, same_cloud
 from dlion.observe.report.style import Theme
 
+CELL = 0.94
+"""Side of a cell; the rest is the gap to the next."""
+ROOM = 0.62
+"""Height of the link's largest capacity, as a share of the cell."""
 SPARKLINE_PEERS_MAX = 8
 """Beyond this many peers a cell is too small for a course over time, and shows one shade."""
 
@@ -32,34 +37,26 @@ def links(run: Run, theme: Theme) -> Figure | None:
 
 
 def _multiples(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeries], theme: Theme) -> Figure:
+    """All cells on one pair of axes (a hundred axes draw slowly): the cell of row i, column j begins at (j, i)."""
     count = len(names)
     height_in = 0.75 + 0.98 * count
     figure = Figure(figsize=(WIDTH_IN, height_in))
-    grid = figure.add_gridspec(
-        count,
-        count,
-        left=0.045,
-        right=0.995,
-        top=1 - 0.42 / height_in,
-        bottom=0.3 / height_in,
-        hspace=0.14,
-        wspace=0.07,
-    )
+    axes = figure.add_axes((0.045, 0.3 / height_in, 0.95, 1 - 0.7 / height_in))
+    axes.set_xlim(0, count)
+    axes.set_ylim(count, 0)
+    axes.axis("off")
     colours = cloud_colours(run)
-    for i, source in enumerate(names):
-        for j, target in enumerate(names):
-            axes = figure.add_subplot(grid[i, j])
-            _bare(axes)
-            if i == 0:
-                axes.set_title(f"to {target}", fontsize=9, loc="center", color=colours.get(target, theme.ink), pad=6)
-            if j == 0:
-                axes.set_ylabel(source, rotation=0, ha="right", va="center", fontsize=9, fontweight="bold", labelpad=8)
-                axes.yaxis.label.set_color(colours.get(source, theme.ink))
-            if (source, target) in table:
-                lan = same_cloud(run, source, target)
-                _spark(axes, table[source, target], (theme.muted if lan else colours.get(source, theme.ink)), theme)
-                axes.set_xlim(min((link.t[0] for link in table.values() if link.t.size), default=0.0), run.seconds or 1)
-                axes.set_facecolor(theme.wash if lan else "none")
+    heading: dict[str, Any] = {"fontsize": 9, "fontweight": "bold"}
+    for i, name in enumerate(names):
+        colour = colours.get(name, theme.ink)
+        axes.text(i + 0.5, -0.06, f"to {name}", ha="center", va="bottom", color=colour, **heading)
+        axes.text(-0.06, i + 0.5, name, ha="right", va="center", color=colour, **heading)
+    for (source, target), link in table.items():
+        lan = same_cloud(run, source, target)
+        corner = (names.index(target), names.index(source))
+        if lan:
+            axes.add_patch(Rectangle(corner, CELL, CELL, facecolor=theme.wash, linewidth=0))
+        _spark(axes, corner, link, theme.muted if lan else colours.get(source, theme.ink), theme)
     figure.text(0.045, 0.1 / height_in, _caption(run), color=theme.muted, fontsize=8.5, va="center")
     return figure
 
@@ -71,28 +68,24 @@ def _caption(run: Run) -> str:
     )
 
 
-def _spark(axes: Axes, link: LinkSeries, colour: str, theme: Theme) -> None:
+def _spark(axes: Axes, corner: tuple[int, int], link: LinkSeries, colour: str, theme: Theme) -> None:
+    """One cell: what was used of what was there over time, and both in figures above."""
+    left, top = corner
     ceiling = float(link.available_bps.max(initial=0.0)) or 1.0
     if link.t.size:
-        axes.fill_between(link.t, link.used_bps / ceiling, color=colour, alpha=0.55, linewidth=0, step="mid")
+        x = left + CELL * (link.t - link.t[0]) / (float(link.t[-1] - link.t[0]) or 1.0)
+        floor = top + CELL
+        used = floor - CELL * ROOM * np.minimum(link.used_bps / ceiling, 1.15)
+        axes.fill_between(x, floor, used, color=colour, alpha=0.55, linewidth=0, step="mid")
+        could = floor - CELL * ROOM * link.available_bps / ceiling
         style = "-" if link.known else (0, (1, 1.5))
-        axes.plot(
-            link.t, link.available_bps / ceiling, color=theme.ink, linewidth=0.8, linestyle=style, drawstyle="steps-mid"
-        )
-    axes.set_ylim(0, 1.62)
-    used = float(link.used_bps.mean()) if link.t.size else 0.0
-    could = float(link.available_bps.mean()) if link.t.size else 0.0
-    left: dict[str, Any] = {"xycoords": "axes fraction", "va": "top", "fontsize": 7.5}
-    axes.annotate(f"{100 * link.used_share:.0f} %", (0.04, 0.94), fontweight="bold", color=theme.ink, **left)
-    detail = f"{mbit(used)} of {mbit(could)} Mbit/s" if could else size(link.sent_bytes)
-    axes.annotate(detail, (0.96, 0.94), ha="right", color=theme.muted, **left)
-
-
-def _bare(axes: Axes) -> None:
-    axes.grid(visible=False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_visible(False)
+        axes.plot(x, could, color=theme.ink, linewidth=0.8, linestyle=style, drawstyle="steps-mid")
+    used_bps = float(link.used_bps.mean()) if link.t.size else 0.0
+    could_bps = float(link.available_bps.mean()) if link.t.size else 0.0
+    figures: dict[str, Any] = {"va": "top", "fontsize": 7.5}
+    axes.text(left + 0.03, top + 0.06, f"{100 * link.used_share:.0f} %", fontweight="bold", color=theme.ink, **figures)
+    detail = f"{mbit(used_bps)} of {mbit(could_bps)} Mbit/s" if could_bps else size(link.sent_bytes)
+    axes.text(left + CELL - 0.03, top + 0.06, detail, ha="right", color=theme.muted, **figures)
 
 
 def _heat(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeries], theme: Theme) -> Figure:

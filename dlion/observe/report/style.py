@@ -109,15 +109,16 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
     """
     low, high = axes.get_ylim()
     span = (high - low) or 1.0
-    labels: list[tuple[float, str, str]] = []
+    groups: list[tuple[float, list[str], str]] = []
     for y, text, colour in sorted(((y - low) / span, text, colour) for y, text, colour in ends):
-        if labels and len(text) <= SHORT_CHARS and labels[-1][2] == colour and y - labels[-1][0] < gap:
-            names = sorted([*labels[-1][1].split(), text])
-            labels[-1] = ((labels[-1][0] + y) / 2, " ".join(names), colour)
+        if groups and len(text) <= SHORT_CHARS and groups[-1][2] == colour and y - groups[-1][0] < gap:
+            groups[-1][1].append(text)
         else:
-            labels.append((y, text, colour))
-    heights = apart([y for y, _, _ in labels], gap)
-    for y, (_, text, colour) in zip(heights, labels, strict=True):
+            groups.append((y, [text], colour))
+    heights = apart([y for y, _, _ in groups], gap)
+    for y, (_, names, colour) in zip(heights, groups, strict=True):
+        first, *others = sorted(names)
+        text = f"{first} +{len(others)}" if len(others) > 1 else " ".join([first, *others])
         axes.annotate(
             text,
             (1.0, y),
