@@ -19,6 +19,8 @@ WORKLOADS: Mapping[str, str] = {
     "digits": "dlion.learn.workloads.digits:build",
     "fashion-mnist": "dlion.learn.workloads.idx:build",
     "mnist": "dlion.learn.workloads.idx:build",
+    "fashion-cnn": "dlion.learn.workloads.fashion_cnn:build",
+    "shakespeare-gpt": "dlion.learn.workloads.shakespeare_gpt:build",
 }
 
 
@@ -39,6 +41,8 @@ def _factory(name: str) -> Factory:
     try:
         return cast(Factory, getattr(import_module(module), attribute))
     except ModuleNotFoundError as error:
+        if error.name == "torch":
+            raise ValueError(f"workload {name!r} needs PyTorch: pip install 'dlion[torch]'") from None
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ValueError(f"workload {name!r}: there is no module {error.name!r}") from None
