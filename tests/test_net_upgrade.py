@@ -1,4 +1,4 @@
-"""Links over HTTP Upgrade: nothing is lost at the hand-over, on both loops, plain or TLS; limits hold; ends are clean."""
+"""Links over HTTP Upgrade: nothing is lost, on both loops, plain or TLS; limits hold; ends are clean."""
 
 from __future__ import annotations
 
