@@ -151,6 +151,22 @@ def test_peers_start_alike_and_hold_different_data(torch: Any, name: str, folder
     assert one.layout.digest == two.layout.digest
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("name", JOBS)
+def test_the_same_seed_gives_the_same_bits(torch: Any, name: str, folder: Path) -> None:
+    def run() -> bytes:
+        subject = peer(name, folder)
+        trainer = Trainer(subject, AdamW(), Constant(1e-3), rng_seed=0)
+        weights = subject.initial(0).flat
+        for _ in range(3):
+            weights += trainer.step(weights.copy(), 8, 0.0).values
+        return weights.tobytes()
+
+    first = run()
+    torch.manual_seed(1)
+    assert run() == first
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_packaged_job(name: str, tmp_path: Path) -> None:
     job = load_job(name, environ={}, directory=tmp_path)
