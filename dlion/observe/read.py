@@ -6,7 +6,7 @@ killed in mid-write) is dropped; any other damage is an error that names the fil
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,20 +39,22 @@ def parse(data: bytes, source: str = "log") -> list[runlog.Event]:
     """The events in ``data``, JSON lines; raises DamagedLogError for anything but a torn last line."""
     whole, _, torn = data.rpartition(b"\n")
     decoder = msgspec.json.Decoder(runlog.AnyEvent)
-    events: list[runlog.Event] = []
-    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
-        try:
-            events.append(decoder.decode(line))
-        except msgspec.MsgspecError as error:
-            raise DamagedLogError(f"{source}, line {number}: {error}") from error
+    try:
+        events: list[runlog.Event] = list(decoder.decode_lines(whole))
+    except msgspec.MsgspecError as fault:
+        for number, line in enumerate(whole.split(b"\n"), start=1):
+            try:
+                decoder.decode(line)
+            except msgspec.MsgspecError as error:
+                raise DamagedLogError(f"{source}, line {number}: {error}") from error
+        raise DamagedLogError(f"{source}: {fault}") from fault
     with suppress(msgspec.MsgspecError):  # nothing, or the half of a line
         events.append(decoder.decode(torn))
     return events
 
 
-def columns(kind: type[runlog.Event], events: Iterable[runlog.Event]) -> dict[str, Column]:
-    """One array per field of ``kind`` over those of ``events`` that are of it; nested fields as ``waited.pace``."""
-    rows = [event for event in events if type(event) is kind]
+def columns(kind: type[runlog.Event], rows: Sequence[runlog.Event]) -> dict[str, Column]:
+    """One array per field over ``rows``, all of them of ``kind``; nested fields as ``waited.pace``."""
     found: dict[str, Column] = {}
     for name, inner in _fields(kind):
         values = [getattr(row, name) for row in rows]
@@ -60,7 +62,9 @@ def columns(kind: type[runlog.Event], events: Iterable[runlog.Event]) -> dict[st
             for part, leaf in _fields(inner):
                 found[f"{name}.{part}"] = np.array([getattr(v, part) for v in values], dtype=_DTYPES[leaf])
         else:
-            found[name] = np.array([np.nan if v is None else v for v in values], dtype=_DTYPES[inner])
+            if inner is float:
+                values = [np.nan if v is None else v for v in values]
+            found[name] = np.array(values, dtype=_DTYPES[inner])
     return found
 
 
@@ -84,13 +88,15 @@ class PeerLog:
 
     @classmethod
     def of(cls, events: Iterable[runlog.Event], source: str = "log", host: Mapping[str, Any] | None = None) -> PeerLog:
-        held = list(events)
-        headers = [e for e in held if isinstance(e, runlog.Header)]
+        rows: dict[type[runlog.Event], list[runlog.Event]] = {kind: [] for kind in _KINDS}
+        for event in events:
+            rows[type(event)].append(event)
+        headers = [event for event in rows[runlog.Header] if isinstance(event, runlog.Header)]
         if not headers:
             raise DamagedLogError(f"{source}: no header line; not a run log")
         if headers[-1].format > runlog.FORMAT:
             raise DamagedLogError(f"{source}: format {headers[-1].format}, this version reads up to {runlog.FORMAT}")
-        return cls(headers[0], {kind: columns(kind, held) for kind in _KINDS}, host or {})
+        return cls(headers[0], {kind: columns(kind, held) for kind, held in rows.items()}, host or {})
 
     def __getitem__(self, kind: type[runlog.Event]) -> Mapping[str, Column]:
         """Columns of ``kind`` by field; empty arrays where nothing was logged."""
