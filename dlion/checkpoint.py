@@ -168,7 +168,7 @@ class CheckpointStore:
             source = whole[-1]
         verify(source)
         target = Path(target)
-        partial = target.with_name(f"{_PARTIAL}{target.name}")
+        partial = target.with_name(f".export-{target.name}")
         try:
             shutil.copyfile(source / MODEL, partial)
             _sync(partial)

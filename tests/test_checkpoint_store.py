@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,30 @@ def test_a_file_that_is_no_tensor_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(ValueError, match="over the limit"):
         tensorfile.read(path)
+
+
+def test_an_export_cut_short_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    store.write(sample(1))
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "fsync", 1, Killed)
+        with pytest.raises(Killed):
+            store.export(tmp_path / "model.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, "fsync", 1, lambda: OSError(errno.ENOSPC, "No space left on device"))
+        with pytest.raises(CheckpointFailed, match="cannot export"):
+            store.export(tmp_path / "model.safetensors")
+    store.write(sample(2))
+    assert set(load_file(store.export(tmp_path / "model.safetensors"))) == {"layer.weight", "layer.bias"}
+    assert len(store.paths()) == 2 and not list(tmp_path.glob(".*"))
+
+
+def test_written_in_a_worker_thread_while_others_are_read(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=2)
+    store.write(sample(0))
+    with ThreadPoolExecutor(1) as worker:
+        for step in range(1, 6):
+            writing = worker.submit(store.write, sample(step))
+            found = store.latest()
+            assert found.checkpoint is not None and found.checkpoint.meta["step"] in (step - 1, step)
+            writing.result()

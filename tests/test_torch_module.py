@@ -262,6 +262,23 @@ def test_evaluation_leaves_the_modes_of_layers_as_they_were() -> None:
     assert torch.equal(subject.module[1].running_mean, mean)
 
 
+def test_a_data_set_that_gathers_is_asked_for_whole_batches() -> None:
+    class Gathering(TensorDataset):
+        asked = 0
+
+        def gather(self, indices: Any) -> Any:
+            self.asked += 1
+            return self[indices]
+
+    data = Gathering(*classes().tensors)
+    subject = TorchWorkload(mlp, cross_entropy, TorchData(data, data))
+    weights = snapshot(subject)
+    one_by_one = gradient(workload(mlp), weights)
+    loss, out = gradient(subject, weights)
+    assert data.asked == 1 and loss == one_by_one[0]
+    np.testing.assert_array_equal(out, one_by_one[1])
+
+
 def test_evaluation_counts_right_answers_and_obeys_its_limit() -> None:
     subject = workload(mlp)
     weights = snapshot(subject)

@@ -109,7 +109,7 @@ def test_windows_foretell_the_next_character(torch: Any, folder: Path) -> None:
 
     text = load(folder)
     windows = Windows(text.train, np.array([0, 5]))
-    inputs, targets = windows.batch(np.array([1, 0]))
+    inputs, targets = windows.gather(np.array([1, 0]))
     assert inputs.shape == targets.shape == (2, CONTEXT)
     read = "".join(text.alphabet[code] for code in inputs[1])
     assert read.startswith("ANNA:\nto be or not")

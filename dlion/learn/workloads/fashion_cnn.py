@@ -54,10 +54,10 @@ class Images:
         return len(self._data.test_labels) if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.batch(slice(index, index + 1))
+        inputs, targets = self.gather(slice(index, index + 1))
         return inputs[0], targets[0]
 
-    def batch(self, indices: Indices | slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, indices: Indices | slice) -> tuple[torch.Tensor, torch.Tensor]:
         data = self._data
         if self._rows is None:
             images, labels = data.test_images[indices], data.test_labels[indices]

@@ -121,10 +121,10 @@ class Windows:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, targets = self.batch(slice(index, index + 1))
+        inputs, targets = self.gather(slice(index, index + 1))
         return inputs[0], targets[0]
 
-    def batch(self, indices: Indices | slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, indices: Indices | slice) -> tuple[torch.Tensor, torch.Tensor]:
         places = self._starts[indices][:, None] + np.arange(CONTEXT + 1)
         window = torch.from_numpy(self._codes[places].astype(np.int64))
         return window[:, :-1], window[:, 1:]

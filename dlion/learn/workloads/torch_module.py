@@ -44,7 +44,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Samples(Protocol):
-    """A map-style data set as torch knows it. One that also has ``batch(indices) -> (inputs, targets)`` is asked so."""
+    """A map-style data set as torch knows it. If it also has ``gather(indices) -> (inputs, targets)``, that is used."""
 
     def __len__(self) -> int: ...
 
@@ -67,6 +67,7 @@ class TorchData:
 class TorchWorkload:
     """A ``Workload`` around the module that ``module_factory`` makes, with all its parameters already in it.
 
+    The factory draws from torch's generator, seeded alike on all peers, or loads what all peers have alike.
     ``loss`` takes (outputs, targets). On the processor, parameters and gradients are views of dlion's own buffers, and
     nothing is copied. Elsewhere (``device="cuda"``) there is one copy each way. For classes, outputs are (samples,
     classes, ...) and targets integers (samples, ...), as torch's cross entropy has them; for other tasks override
@@ -279,8 +280,8 @@ class TorchWorkload:
             yield
 
     def _batch(self, samples: Samples, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
-        if (batch := getattr(samples, "batch", None)) is not None:
-            inputs, targets = batch(indices)
+        if (gather := getattr(samples, "gather", None)) is not None:
+            inputs, targets = gather(indices)
         else:
             inputs, targets = default_collate([samples[int(index)] for index in indices])
         return inputs.to(self._device), targets.to(self._device)
@@ -289,8 +290,9 @@ class TorchWorkload:
     def _drawing(self) -> Iterator[None]:
         """Random layers draw from a stream of (seed, shard, call): repeatable, and nobody else's generator moves."""
         devices = [self._device] if self._device.type == "cuda" else []
+        seed = torch.manual_seed if devices else torch.default_generator.manual_seed
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(peer_seed(self._seed, f"{self._data.shard}/{self._draws}"))
+            seed(peer_seed(self._seed, f"{self._data.shard}/{self._draws}"))
             yield
         self._draws += 1
 
