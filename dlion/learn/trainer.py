@@ -16,7 +16,7 @@ import numpy as np
 
 from dlion.learn.optimizers import Optimizer
 from dlion.learn.schedules import Schedule
-from dlion.learn.workload import Indices, Workload
+from dlion.learn.workload import Indices, Stateful, Workload
 from dlion.tensors import Flat
 
 SPARE_BUFFERS_MAX = 4
@@ -123,11 +123,14 @@ class Trainer:
             return np.empty(self.workload.layout.size, dtype=np.float32)
 
     def state(self) -> dict[str, Any]:
-        """Cursor and optimizer: with the weights, all that is needed to go on bit by bit."""
-        return {"cursor": list(self._order.cursor), "optimizer": self._optimizer.state()}
+        """Cursor, optimizer and the workload's own state if it keeps any: with the weights, enough to go on bit by bit."""
+        workload = self.workload.state() if isinstance(self.workload, Stateful) else {}
+        return {"cursor": list(self._order.cursor), "optimizer": self._optimizer.state(), "workload": workload}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``; raises ValueError when the cursor does not fit the shard."""
         epoch, position = state["cursor"]
         self._order.seek(Cursor(int(epoch), int(position)))
+        if isinstance(self.workload, Stateful):
+            self.workload.restore(state["workload"])
         self._optimizer.restore(state["optimizer"])

@@ -5,9 +5,10 @@ Law: knows batches, losses and gradients. Knows no peer, no link, no time. Runs 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,17 @@ class Workload(Protocol):
 
     def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
         """Accuracy and loss on the held-out set (its first ``limit`` samples)."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A workload that keeps something of its own from step to step (statistics, the place in a random stream)."""
+
+    def state(self) -> dict[str, Any]:
+        """Copies of it: arrays and plain values by name."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``."""
 
 
 @dataclass(frozen=True)
