@@ -46,7 +46,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Timer:
-    """Call ``on_timer(key)`` at time ``at`` (seconds, the clock of ``ctx.now``). A later one of the same key replaces."""
+    """Call ``on_timer(key)`` at time ``at`` (seconds, as ``ctx.now``). A later one of the same key replaces it."""
 
     at: float
     key: str

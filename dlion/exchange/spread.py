@@ -14,7 +14,7 @@ import numpy as np
 
 from dlion.blocks import Block
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
-from dlion.exchange.owed import Owed, Piece
+from dlion.exchange.owed import Owed, Piece, exact
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat
 
@@ -31,6 +31,10 @@ class Spread(Exchange):
 
     def __init__(self) -> None:
         self.owed: dict[Account, Owed] = {}
+        self._last: dict[PeerId, int] = {}
+        """Last step of each origin that was added here."""
+        self._beside: set[PeerId] = set()
+        """Whom we told our updates until now."""
 
     # -- what a strategy decides ---------------------------------------------------------------------------------
 
@@ -48,14 +52,20 @@ class Spread(Exchange):
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    def setup(self, ctx: Context) -> None:
+        self._beside = set(ctx.routes.onward(None, ctx.cloud))
+
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         values = update.values
         values *= np.float32(self.weigh(update, ctx))
         coverage = (Span(ctx.me, update.step, update.step),)
+        self._last[ctx.me] = update.step
         yield Add(values, self.hear(ctx), coverage)
         yield from self.spread(values, coverage, ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        for span in message.coverage:
+            self._last[span.origin] = max(span.last, self._last.get(span.origin, -1))
         for block in message.blocks:
             yield Add(block, self.hear(ctx), message.coverage, message)
             yield from self.spread(block, message.coverage, ctx, message)
@@ -64,8 +74,17 @@ class Spread(Exchange):
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
+        """Drop the accounts of who is gone. A new neighbour (a bridge that moved) first hears how far we are: what died
+        with the old bridge will not come, and nobody may wait for it."""
         self.owed = {account: owed for account, owed in self.owed.items() if account[0] in ctx.links}
-        return ()
+        before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud))
+        fresh = sorted(self._beside - before & set(ctx.links))
+        nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
+        for peer in fresh:
+            theirs = {p for p, member in ctx.members.items() if member.cloud == ctx.links[peer].cloud and p != ctx.me}
+            coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()) if p not in theirs)
+            self._account(peer, ctx.cloud, ctx).add(nothing, coverage)
+        yield from self._tell([(peer, False) for peer in fresh], ctx)
 
     def drain(self, ctx: Context) -> Iterable[Action]:
         return self._tell(list(self.owed), ctx, everything=True)
@@ -85,12 +104,16 @@ class Spread(Exchange):
         for peer in ctx.routes.onward(came_from, cloud):
             if (link := ctx.links.get(peer)) is None:
                 continue
-            passing = link.cloud == ctx.cloud and cloud != ctx.cloud
-            owed = self.owed.setdefault((peer, passing), Owed(ctx.layout.size))
-            owed.add(piece, coverage)
-            owed.cloud = cloud if passing else ctx.cloud
-            accounts.append((peer, passing))
+            self._account(peer, cloud, ctx).add(piece, coverage)
+            accounts.append((peer, link.cloud == ctx.cloud != cloud))
         yield from self._tell(accounts, ctx)
+
+    def _account(self, peer: PeerId, cloud: str, ctx: Context) -> Owed:
+        """The account on which ``peer`` is owed updates of ``cloud``."""
+        passing = ctx.links[peer].cloud == ctx.cloud != cloud
+        owed = self.owed.setdefault((peer, passing), Owed(ctx.layout.size))
+        owed.cloud = cloud if passing else ctx.cloud
+        return owed
 
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it; the same thing to many is one Send."""

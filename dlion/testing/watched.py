@@ -1,0 +1,101 @@
+"""A strategy under observation: every action its hooks yield is checked and written down.
+
+Law: changes nothing and decides nothing; raises Nonconforming at the first breach of ``exchange.base``'s contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dlion.blocks import Block
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Timer, Update
+from dlion.messages import Message, PeerId, Stream
+from dlion.tensors import Flat
+
+
+class Nonconforming(AssertionError):  # noqa: N818 - a verdict, not an accident
+    """The strategy breaks the contract; the text says which part of it."""
+
+
+def demand(condition: object, text: str) -> None:
+    if not condition:
+        raise Nonconforming(text)
+
+
+class Watched(Exchange):
+    """A strategy under observation: what it yields is checked and written down, one line per action."""
+
+    def __init__(self, inner: Exchange, me: PeerId, transcript: list[str]) -> None:
+        self.inner, self.me, self.transcript = inner, me, transcript
+
+    def _watch(self, actions: Iterable[Action], ctx: Context) -> Iterable[Action]:
+        for action in actions:
+            match action:
+                case Send():
+                    self._check_send(action, ctx)
+                    self.transcript.append(f"{self.me} -> {','.join(action.to)}: {describe(action.message)}")
+                case Add():
+                    self._check_add(action, ctx)
+                    scale = "" if action.scale == 1.0 else f" * {action.scale:g}"
+                    self.transcript.append(f"{self.me} += {_spans(action)}{scale}".rstrip())
+                case Timer():
+                    self.transcript.append(f"{self.me} @ {action.key}")
+                case _:
+                    raise Nonconforming(f"a hook yields {action!r}, which is no Action")
+            yield action
+
+    def _check_send(self, send: Send, ctx: Context) -> None:
+        for peer in send.to:
+            link = ctx.links.get(peer)
+            full = link is not None and link.writable_bytes <= 0 and send.message.stream is Stream.UPDATE
+            demand(not full, f"{self.me} says an update on the link to {peer}, which can take nothing now")
+
+    def _check_add(self, add: Add, ctx: Context) -> None:
+        values = add.values.values if isinstance(add.values, Block) else add.values
+        demand(values.dtype == np.float32, f"{self.me} adds {values.dtype}; expected float32")
+        demand(np.isfinite(values).all() and np.isfinite(add.scale), f"{self.me} adds what is not finite")
+        whole = isinstance(add.values, Block) or values.shape == (ctx.layout.size,)
+        demand(whole, f"{self.me} adds an array of shape {values.shape}; expected ({ctx.layout.size},)")
+
+    def setup(self, ctx: Context) -> None:
+        self.inner.setup(ctx)
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        return self._watch(self.inner.after_step(update, ctx), ctx)
+
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        demand(origin != self.me, f"{self.me} hears its own {message.kind} again")
+        return self._watch(self.inner.on_message(origin, message, ctx), ctx)
+
+    def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        return self._watch(self.inner.on_writable(link, ctx), ctx)
+
+    def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
+        return self._watch(self.inner.on_timer(key, ctx), ctx)
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        return self._watch(self.inner.on_members(ctx), ctx)
+
+    def ready(self, step: int, ctx: Context) -> bool:
+        return self.inner.ready(step, ctx)
+
+    def view(self, weights: Flat) -> Flat:
+        return self.inner.view(weights)
+
+    def drain(self, ctx: Context) -> Iterable[Action]:
+        return self._watch(self.inner.drain(ctx), ctx)
+
+    def owes(self, ctx: Context) -> bool:
+        return self.inner.owes(ctx)
+
+
+def describe(message: Message) -> str:
+    """One line about a message, for transcripts."""
+    blocks = ", ".join(f"{b.count} of {b.start}+{b.size} {b.encoding.name}" for b in message.blocks)
+    return f"{message.kind} {message.step}/{message.epoch} {_spans(message)} {blocks}".rstrip()
+
+
+def _spans(covered: Message | Add) -> str:
+    return "[" + " ".join(f"{s.origin}{s.first}" + f"-{s.last}" * (s.last > s.first) for s in covered.coverage) + "]"
