@@ -4,9 +4,10 @@ Law: bytes in, messages out; no clock, no sockets, no meaning. Every frame opens
 a payload. A hostile peer can cause ProtocolError and nothing else, and no memory is taken for a length before that
 length was checked.
 
-    u8 kind | u8 stream | u16 zero | u32 value | u64 offset       (little endian)
+    u8 kind | u8 stream | u16 held | u32 value | u64 offset        (little endian; held is 0 but in ACK)
     DATA   value = payload bytes, offset = place of the payload in its stream
-    ACK    value = microseconds the acknowledgement was held back, offset = bytes received
+    ACK    offset = bytes received, value = the receiver's clock in microseconds when the newest of them came,
+           held = how long the acknowledgement was held back since then, in units of HELD_UNIT_S
     PING, PONG   offset = the pinger's clock in microseconds, returned untouched
     BYE    value = Bye code
 
@@ -29,6 +30,8 @@ OPENING = struct.Struct("<BBHIQI")
 """A header and the length field of the message that the chunk opens."""
 HEADER_BYTES = HEADER.size
 LENGTH_BYTES = LENGTH.size
+HELD_UNIT_S = 1e-4
+HELD_MAX = 2**16 - 1
 READ_BYTES = 64 * 1024
 DIRECT_BYTES_MIN = 16 * 1024
 """At least so much must be missing of a chunk for the link to read straight into the message."""
@@ -58,8 +61,8 @@ class Received(NamedTuple):
     body: memoryview
 
 
-Frame = tuple[int, int, int, int]
-"""A frame without payload (ACK, PING, PONG, BYE): kind, stream, value, offset."""
+Frame = tuple[int, int, int, int, int]
+"""A frame without payload (ACK, PING, PONG, BYE): kind, stream, held, value, offset."""
 
 
 class _Inbound:
@@ -140,12 +143,12 @@ class ChunkReader:
         have = self._end - start - HEADER_BYTES
         if have < 0:
             return False
-        kind, index, zero, value, offset = HEADER.unpack_from(self._space, start)
-        if kind > BYE or index >= len(self.streams) or zero:
+        kind, index, held, value, offset = HEADER.unpack_from(self._space, start)
+        if kind > BYE or index >= len(self.streams) or (held and kind != ACK):
             raise ProtocolError(f"unknown frame {kind} on stream {index}")
         self._start = start + HEADER_BYTES
         if kind != DATA:
-            self.frames.append((kind, index, value, offset))
+            self.frames.append((kind, index, held, value, offset))
             return True
         stream = self.streams[index]
         if have >= value and offset == stream.cursor and stream.message is None and self._whole(stream, index, value):

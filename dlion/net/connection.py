@@ -259,8 +259,8 @@ class Connection:
 
     @property
     def rtt_s(self) -> float:
-        """Least recent round-trip time in seconds; 0.0 before the first sample."""
-        return self.session.estimate.rtt_min_s
+        """Round-trip time in seconds, our own queue not counted; 0.0 before the first sample."""
+        return self.session.estimate.distance_s
 
 
 def _write(link: Link, buffers: list[Buffer]) -> None:

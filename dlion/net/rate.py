@@ -4,10 +4,14 @@ Law: arithmetic on times and byte counts passed in; no clock. Rates are bytes pe
 
 The idea of delivery-rate samples, of the windowed maximum and of application-limited samples is that of BBR (Cardwell,
 Cheng, Gunn, Yeganeh, Jacobson: "BBR: Congestion-Based Congestion Control", ACM Queue 14(5), 2016). Differences: there
-is no pacing and no gain cycle. What may be in flight is rate * (rtt_min + queue_s): the standing queue of ``queue_s``
-makes every sample an upward probe, and a rise of the link's rate drains that queue and shows in the next samples. The
-minimum of the round-trip time is measured anew by letting just that queue run dry while the link stays busy. A queue
-much longer than we meant to build says that the rate has dropped: then only the newest samples count.
+is no pacing and no gain cycle. What may be in flight is rate * (distance + queue_s): the standing queue of ``queue_s``
+makes every sample an upward probe, and a rise of the link's rate drains that queue and shows in the next samples.
+
+Our own queue is told from distance by one-way times: acknowledgements carry the receiver's clock, and the least of
+(arrival there - departure here) has no queue in it, whatever the two clocks show. Round trips alone would take the
+queue of the opposite direction for distance, and two busy directions would talk each other up without end. The least
+is measured anew by letting just our queue run dry while the link stays busy (routes change, clocks drift). A queue much
+longer than we meant to build says that the rate has dropped: then only the newest samples count.
 """
 
 from __future__ import annotations
@@ -15,18 +19,21 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-RTT_MEMORY_S = 10.0
+LEAST_MEMORY_S = 10.0
 RATE_MEMORY_S_MIN, RATE_MEMORY_S_MAX, RATE_MEMORY_RTTS = 1.0, 10.0, 10.0
 INTERVAL_S_MIN = 1e-6
+CLOCK_TICKS = 1 << 32
+"""The receiver's clock in microseconds wraps here (after 71 minutes)."""
 
 
 class Flight(NamedTuple):
     """What was known when a chunk left; its acknowledgement turns this into one sample."""
 
     sent_at: float
-    delivered_bytes: int
-    delivered_at: float
     first_sent_at: float
+    delivered_bytes: int
+    delivered_at: float | None
+    """Receiver's clock; None when nothing was in flight, so that the link's silence before is not counted."""
     limited: bool
 
 
@@ -37,9 +44,6 @@ class RateEstimator:
         self.queue_s = queue_s
         self.rate = 0.0
         """Bytes per second; 0.0 before the first sample."""
-        self.rtt_min_s = 0.0
-        self.rtt_s = 0.0
-        """Smoothed round-trip time; 0.0 before the first sample."""
         self.proven = False
         """True once a sample was limited by the link and not by what there was to send."""
         self._best: deque[tuple[float, float]] = deque()
@@ -48,22 +52,32 @@ class RateEstimator:
 
     def restart(self, now: float) -> None:
         """A new link: nothing is in flight, and its distance may be another."""
-        self._delivered_at = self._first_sent_at = now
+        self.distance_s = 0.0
+        """Round-trip time less our own queue; 0.0 before the first sample."""
+        self.rtt_s = 0.0
+        """Smoothed round-trip time; 0.0 before the first sample."""
+        self._first_sent_at = self._acked_at = now
+        self._delivered_at: float | None = None
         self._limited_until = 0
         self._starving = True
-        self._rtt_min_at = now
+        self._least_s: float | None = None
+        """Least one-way time, the unknown difference of the clocks included."""
+        self._least_at = now
         self._probe_until = 0.0
-        self._probe_rtt_s = 0.0
-        self.rtt_min_s = self.rtt_s = 0.0
+        self._probe_least_s = 0.0
+        self._clock_ticks = 0
+        self._clock_s = 0.0
 
     def sent(self, now: float, in_flight_bytes: int) -> Flight:
         """A chunk leaves while ``in_flight_bytes`` are unacknowledged before it."""
         if not in_flight_bytes:
-            self._delivered_at = self._first_sent_at = now
+            self._first_sent_at, self._delivered_at = now, None
+            if now - self._acked_at > LEAST_MEMORY_S:
+                self._least_s, self._probe_until = None, 0.0
             if self._starving:  # a new burst: what leaves before its first acknowledgement cannot fill the link
                 self._limited_until = self._delivered_bytes + 1
         limited = self._delivered_bytes < self._limited_until or self._probe_until > 0.0
-        return Flight(now, self._delivered_bytes, self._delivered_at, self._first_sent_at, limited)
+        return Flight(now, self._first_sent_at, self._delivered_bytes, self._delivered_at, limited)
 
     def starved(self, in_flight_bytes: int) -> None:
         """The window has room but nothing is left to send: what is in flight now proves no upper bound."""
@@ -74,20 +88,65 @@ class RateEstimator:
         """There was more to send than the window had room for."""
         self._starving = False
 
-    def acked(self, now: float, nbytes: int, flight: Flight | None, held_s: float) -> None:
+    def acked(self, now: float, nbytes: int, flight: Flight | None, held_s: float, arrived_ticks: int) -> None:
         """``nbytes`` more are acknowledged; ``flight`` is the newest chunk wholly covered, if any.
 
-        The peer held the acknowledgement for ``held_s``: by that much the bytes arrived earlier than now says.
+        The newest byte arrived at ``arrived_ticks`` of the peer's clock (microseconds, wrapping); the peer then held
+        the acknowledgement for ``held_s``.
         """
         self._delivered_bytes += nbytes
-        arrived_at = max(self._delivered_at, now - held_s)
-        self._delivered_at = arrived_at
+        self._acked_at = now
+        self._delivered_at = arrived_at = self._unwrap(arrived_ticks)
         if flight is None:
             return
+        rtt_s = max(now - held_s - flight.sent_at, INTERVAL_S_MIN)
+        queued_s = self._queued(now, arrived_at - flight.sent_at)
+        self.rtt_s += (rtt_s - self.rtt_s) / (8 if self.rtt_s else 1)
+        base_s = max(rtt_s - queued_s, INTERVAL_S_MIN)
+        # Slow up, fast down: what rises and falls here is the opposite direction's queue, and too high floods ours.
+        self.distance_s += (base_s - self.distance_s) / (8 if 0.0 < self.distance_s < base_s else 1)
+        if flight.delivered_at is None:
+            interval_s = now - held_s - flight.first_sent_at
+        else:
+            interval_s = max(arrived_at - flight.delivered_at, flight.sent_at - flight.first_sent_at)
         self._first_sent_at = flight.sent_at
-        self.rtt_sample(now, arrived_at - flight.sent_at)
-        interval_s = max(arrived_at - flight.delivered_at, flight.sent_at - flight.first_sent_at, INTERVAL_S_MIN)
-        self._rate_sample(now, (self._delivered_bytes - flight.delivered_bytes) / interval_s, flight.limited)
+        delivered_bytes = self._delivered_bytes - flight.delivered_bytes
+        self._rate_sample(now, delivered_bytes / max(interval_s, INTERVAL_S_MIN), flight.limited)
+        if queued_s > 3 * self.queue_s and len(self._best) > 1:
+            self._forget(min(self._best[-1][0], now - rtt_s))
+            self.rate = self._best[0][1]
+
+    def pinged(self, rtt_s: float) -> None:
+        """A PING came back after ``rtt_s``: good enough until chunks have been acknowledged."""
+        if self._least_s is None:
+            self.distance_s = self.rtt_s = max(rtt_s, INTERVAL_S_MIN)
+
+    def _unwrap(self, ticks: int) -> float:
+        """Seconds of the receiver's clock, from its wrapping microseconds."""
+        if self._least_s is None:
+            self._clock_s = 0.0
+        else:
+            step = (ticks - self._clock_ticks) % CLOCK_TICKS
+            self._clock_s += (step if step < CLOCK_TICKS // 2 else step - CLOCK_TICKS) * 1e-6
+        self._clock_ticks = ticks
+        return self._clock_s
+
+    def _queued(self, now: float, one_way_s: float) -> float:
+        """How long a chunk waited in our own queue, from its one-way time."""
+        least_s = self._least_s
+        if least_s is None or one_way_s <= least_s:
+            self._least_s, self._least_at, self._probe_until = one_way_s, now, 0.0
+            return 0.0
+        queued_s = one_way_s - least_s
+        if self._probe_until:
+            self._probe_least_s = min(self._probe_least_s, one_way_s)
+            if now >= self._probe_until or queued_s <= self.queue_s / 16:
+                self._least_s, self._least_at, self._probe_until = self._probe_least_s, now, 0.0
+                return one_way_s - self._probe_least_s
+        elif now - self._least_at > LEAST_MEMORY_S:
+            self._probe_until = now + 2 * (self.rtt_s + self.queue_s)
+            self._probe_least_s = one_way_s
+        return queued_s
 
     def _rate_sample(self, now: float, rate: float, limited: bool) -> None:
         if limited:
@@ -95,7 +154,7 @@ class RateEstimator:
                 return
         else:
             self.proven = True
-            memory_s = min(max(RATE_MEMORY_RTTS * self.rtt_min_s, RATE_MEMORY_S_MIN), RATE_MEMORY_S_MAX)
+            memory_s = min(max(RATE_MEMORY_RTTS * self.distance_s, RATE_MEMORY_S_MIN), RATE_MEMORY_S_MAX)
             self._forget(now - memory_s)
         best = self._best
         while best and best[-1][1] <= rate:
@@ -108,24 +167,6 @@ class RateEstimator:
         while best and best[0][0] < before:
             best.popleft()
 
-    def rtt_sample(self, now: float, rtt_s: float) -> None:
-        """One measured round trip, the peer's holding time already taken off."""
-        rtt_s = max(rtt_s, INTERVAL_S_MIN)
-        self.rtt_s = rtt_s if not self.rtt_s else self.rtt_s + (rtt_s - self.rtt_s) / 8
-        if self._probe_until:
-            self._probe_rtt_s = min(self._probe_rtt_s, rtt_s)
-            if now >= self._probe_until or rtt_s <= self.rtt_min_s * 1.25:
-                self.rtt_min_s, self._rtt_min_at, self._probe_until = self._probe_rtt_s, now, 0.0
-        elif not self.rtt_min_s or rtt_s <= self.rtt_min_s:
-            self.rtt_min_s, self._rtt_min_at = rtt_s, now
-        elif now - self._rtt_min_at > RTT_MEMORY_S:
-            self._probe_until = now + 2 * (rtt_s + self.queue_s)
-            self._probe_rtt_s = rtt_s
-        if rtt_s > self.rtt_min_s + 3 * self.queue_s and len(self._best) > 1:
-            newest = self._best[-1][0]
-            self._forget(min(newest, now - rtt_s))
-            self.rate = self._best[0][1]
-
     def window_bytes(self) -> float:
         """What may be in flight to use the whole link and build no queue longer than ``queue_s``."""
-        return self.rate * (self.rtt_min_s + (0.0 if self._probe_until else self.queue_s))
+        return self.rate * (self.distance_s + (0.0 if self._probe_until else self.queue_s))

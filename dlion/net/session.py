@@ -19,6 +19,8 @@ from dlion.net.chunks import (
     BYE,
     DATA,
     HEADER,
+    HELD_MAX,
+    HELD_UNIT_S,
     LENGTH_BYTES,
     OPENING,
     PING,
@@ -30,13 +32,12 @@ from dlion.net.chunks import (
     ProtocolError,
     Received,
 )
-from dlion.net.rate import Flight, RateEstimator
+from dlion.net.rate import CLOCK_TICKS, Flight, RateEstimator
 
 Buffer = bytes | bytearray | memoryview
 CONTROL = 0
 ACK_BYTES = 64 * 1024
 MICROSECONDS = 1_000_000
-HELD_US_MAX = 2**32 - 1
 NEVER = float("inf")
 
 
@@ -46,6 +47,7 @@ class SessionLimits:
 
     message_bytes_max: int = 1 << 30
     control_message_bytes_max: int = 1 << 20
+    control_queued_bytes_max: int = 16 << 20
     queued_bytes_max: int = 4 << 30
     """What a stream holds: not acknowledged, sent or not."""
     unacked_bytes_max: int = 64 << 20
@@ -156,7 +158,7 @@ class Session:
         if view.nbytes > (limits.message_bytes_max if stream else limits.control_message_bytes_max):
             raise ValueError(f"a message of {view.nbytes} bytes is too long for stream {stream}")
         total = LENGTH_BYTES + view.nbytes
-        if out.end - out.acked + total > limits.queued_bytes_max:
+        if out.end - out.acked + total > (limits.queued_bytes_max if stream else limits.control_queued_bytes_max):
             raise SessionFullError(f"stream {stream} holds {out.end - out.acked} bytes that are not acknowledged")
         out.waiting.append((out.end, view))
         out.end += total
@@ -254,11 +256,12 @@ class Session:
         if self._ack_at != NEVER:
             self._ack_at = NEVER
             self._reader.arrived_bytes = self._arrived_bytes = 0
-            held_us = min(int((now - self._arrived_at) * MICROSECONDS), HELD_US_MAX)
+            held = min(round((now - self._arrived_at) / HELD_UNIT_S), HELD_MAX)
+            arrived_ticks = int(self._arrived_at * MICROSECONDS) % CLOCK_TICKS
             for index, stream in enumerate(self._reader.streams):
                 if stream.cursor != self._acked_cursors[index]:
                     self._acked_cursors[index] = stream.cursor
-                    buffers.append(HEADER.pack(ACK, index, 0, held_us, stream.cursor))
+                    buffers.append(HEADER.pack(ACK, index, held, arrived_ticks, stream.cursor))
         if self._pong is not None:
             buffers.append(HEADER.pack(PONG, 0, 0, 0, self._pong))
             self._pong = None
@@ -306,20 +309,20 @@ class Session:
         reader.chunk_ended = False
 
     def _signal(self, frame: Frame, now: float) -> None:
-        kind, index, value, offset = frame
+        kind, index, held, value, offset = frame
         if kind == ACK:
             out = self._out[index]
             if offset > out.reached or (offset > out.sent and out.inside_length(offset)):
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
                 nbytes = offset - out.acked
-                self.estimate.acked(now, nbytes, out.drop_acked(offset), value / MICROSECONDS)
+                self.estimate.acked(now, nbytes, out.drop_acked(offset), held * HELD_UNIT_S, value)
         elif kind == PING:
             self._pong = offset
         elif kind == PONG:
             if offset == self._ping:
                 self._ping = None
-                self.estimate.rtt_sample(now, now - offset / MICROSECONDS)
+                self.estimate.pinged(now - offset / MICROSECONDS)
         else:
             self.peer_bye = Bye(value) if value in Bye._value2member_map_ else value
 
@@ -372,6 +375,11 @@ class Session:
     def sent(self, stream: int) -> int:
         """Messages ever queued on a stream."""
         return self._out[stream].count
+
+    def acked(self, stream: int) -> int:
+        """Messages of a stream that the other end has whole."""
+        out = self._out[stream]
+        return out.count - len(out.waiting) - len(out.flying)
 
     def received(self, stream: int) -> int:
         """Whole messages ever received on a stream."""
