@@ -123,7 +123,7 @@ class Trainer:
             return np.empty(self.workload.layout.size, dtype=np.float32)
 
     def state(self) -> dict[str, Any]:
-        """Cursor, optimizer and the workload's own state if it keeps any: with the weights, enough to go on bit by bit."""
+        """Cursor, optimizer and the workload's own state, if any: with the weights, enough to go on bit by bit."""
         workload = self.workload.state() if isinstance(self.workload, Stateful) else {}
         return {"cursor": list(self._order.cursor), "optimizer": self._optimizer.state(), "workload": workload}
 
