@@ -76,12 +76,12 @@ def test_the_opposite_queue_counts_in_the_window_and_ours_does_not() -> None:
     now = busy(estimate, 0.0, 1.0, 1e6, 0.04)
     for turn in range(50):
         one(estimate, now + turn * 0.01, 0.09, 0.02)
-    assert estimate.distance_s == pytest.approx(0.04)
+    assert estimate.distance_s == pytest.approx(0.04, rel=0.01)
     for turn in range(50):
         one(estimate, now + 0.5 + turn * 0.01, 0.09, 0.08)
     assert estimate.distance_s == pytest.approx(0.1, rel=0.01)
     one(estimate, now + 2.0, 0.09, 0.02)
-    assert estimate.distance_s == pytest.approx(0.04)
+    assert estimate.distance_s == pytest.approx(0.04, rel=0.01)
 
 
 def test_a_longer_distance_is_believed_after_our_own_queue_had_time_to_drain() -> None:
@@ -89,9 +89,9 @@ def test_a_longer_distance_is_believed_after_our_own_queue_had_time_to_drain() -
     estimate = RateEstimator(0.1, 0.0)
     now = busy(estimate, 0.0, 1.0, 1e6, 0.04)
     one(estimate, now + LEAST_MEMORY_S / 2, 0.10, 0.02)
-    assert estimate.distance_s == pytest.approx(0.04)
+    assert estimate.distance_s == pytest.approx(0.04, rel=0.01)
     one(estimate, now + LEAST_MEMORY_S + 0.2, 0.10, 0.02)
-    assert estimate.window_bytes() == pytest.approx(estimate.rate * 0.04)
+    assert estimate.window_bytes() == pytest.approx(estimate.rate * 0.04, rel=0.01)
     for turn in range(60):
         one(estimate, now + LEAST_MEMORY_S + 2.0 + turn * 0.01, 0.10, 0.02)
     assert estimate.distance_s == pytest.approx(0.12, rel=0.01)

@@ -111,6 +111,8 @@ def test_every_message_arrives_once_and_in_order_though_links_are_cut_anywhere(
     assert by_stream(at_b + last_b) == by_stream(said[0])
     assert by_stream(at_a + last_a) == by_stream(said[1])
     assert a.queued_bytes == b.queued_bytes == a.unacked_bytes == 0
+    assert [a.acked(stream) for stream in range(3)] == [a.sent(stream) for stream in range(3)]
+    assert [b.received(stream) for stream in range(3)] == [a.sent(stream) for stream in range(3)]
     assert a.cursors()[UPDATE] == sum(len(body) + 4 for stream, _, body in said[1] if stream == UPDATE)
 
 

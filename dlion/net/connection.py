@@ -50,8 +50,8 @@ class Connection:
 
     ``on_message(stream, seq, body)`` is called for every message once, in order per stream. ``on_writable()`` is called
     when the window opens again after having been full. ``on_lost(reason)`` is called once for each attached link that
-    breaks; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop and are never called
-    from inside ``send``, ``attach`` or ``close``.
+    breaks; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop, are never called
+    from inside ``send``, ``attach`` or ``close``, and must not raise: what a message means is judged elsewhere.
     """
 
     def __init__(
@@ -174,7 +174,8 @@ class Connection:
                 break
         if wrote:
             self._last_written = now
-        self._arm_ack(now)
+        if not link.congested:  # else the acknowledgement leaves when the link takes more
+            self._arm_ack(now)
         self._watch_window()
 
     def _watch_window(self) -> None:

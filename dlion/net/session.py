@@ -186,6 +186,7 @@ class Session:
                 raise ProtocolError(f"cursor {cursor} of stream {index} is not in {out.acked} to {out.reached}")
         for out, cursor in zip(self._out, cursors, strict=True):
             out.rewind(cursor)
+        self.queued_bytes = sum(out.end - out.sent for out in self._out)
         self._reader.restart()
         self.estimate.restart(now)
         self._tune()
@@ -316,6 +317,7 @@ class Session:
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
                 nbytes = offset - out.acked
+                self.queued_bytes -= max(0, offset - out.sent)
                 self.estimate.acked(now, nbytes, out.drop_acked(offset), held * HELD_UNIT_S, value)
         elif kind == PING:
             self._pong = offset
@@ -329,12 +331,11 @@ class Session:
     # How it stands ---------------------------------------------------------------------------------------------
 
     def _tune(self) -> None:
-        """The estimate or the cursors have changed: so do window, chunk and what waits."""
+        """The estimate has changed: so do window and chunk."""
         limits, estimate = self.limits, self.estimate
         least = 2 * limits.chunk_bytes_min if estimate.proven else limits.window_bytes_initial
         self.window_bytes = int(min(max(estimate.window_bytes(), least), limits.unacked_bytes_max))
         self.chunk_bytes = int(min(max(estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
-        self.queued_bytes = sum(out.end - out.sent for out in self._out)
 
     @property
     def unacked_bytes(self) -> int:
