@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -260,6 +261,18 @@ def test_evaluation_leaves_the_modes_of_layers_as_they_were() -> None:
     mean = subject.module[1].running_mean.clone()
     gradient(subject, weights)
     assert torch.equal(subject.module[1].running_mean, mean)
+
+
+def test_evaluation_in_another_thread_waits_its_turn() -> None:
+    """The module is one; a step's gradient is not disturbed by an evaluation of other weights beside it."""
+    subject = workload(mlp)
+    weights, others = snapshot(subject), np.zeros(subject.layout.size, dtype=np.float32)
+    alone, judged = gradient(subject, weights)[1], subject.evaluate(others)
+    with ThreadPoolExecutor(1) as second:
+        for _ in range(50):
+            beside = second.submit(subject.evaluate, others)
+            np.testing.assert_array_equal(gradient(subject, weights)[1], alone)
+            assert beside.result() == judged
 
 
 def test_a_data_set_that_gathers_is_asked_for_whole_batches() -> None:

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from math import prod
+from threading import RLock
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class TorchWorkload:
     ``loss`` takes (outputs, targets). On the processor, parameters and gradients are views of dlion's own buffers, and
     nothing is copied. Elsewhere (``device="cuda"``) there is one copy each way. For classes, outputs are (samples,
     classes, ...) and targets integers (samples, ...), as torch's cross entropy has them; for other tasks override
-    ``right``. Give the trainer ``optimizer(...)``. One call at a time.
+    ``right``. Give the trainer ``optimizer(...)``. The module serves one call at a time; a second thread waits.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class TorchWorkload:
         self._scale = LossScale() if dtype is torch.float16 else None
         self._seed = 0
         self._draws = 0
+        self.turn = RLock()
+        """Held while the module is bound to somebody's weights."""
         self._adopt(self._made(0))
         self.layout = Layout.of(self._arrays())
 
@@ -117,6 +120,10 @@ class TorchWorkload:
 
     def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
         """As the protocol says; raises ValueError when the module's parameters are no longer those of the layout."""
+        with self.turn:
+            return self._gradient(weights, batch, out)
+
+    def _gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
         flat = self._bind(weights)
         gradient = self._memory.gradient(out)
         for parameter, piece in zip(self._parameters.values(), self._split(gradient), strict=False):
@@ -137,21 +144,15 @@ class TorchWorkload:
     def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
         """With this peer's own buffers, unless they are averaged; layers in evaluation mode."""
         count = len(self._data.test) if limit is None else min(limit, len(self._data.test))
-        self._bind(weights)
-        modes = [(part, part.training) for part in self.module.modules()]
-        self.module.eval()
         loss = hits = 0.0
-        try:
-            with torch.no_grad(), self._computing():
-                for start in range(0, count, EVALUATION_PIECE):
-                    indices = np.arange(start, min(start + EVALUATION_PIECE, count))
-                    inputs, targets = self._batch(self._data.test, indices)
-                    outputs = self.module(inputs)
-                    loss += float(self._loss(outputs, targets)) * len(indices)
-                    hits += self.right(outputs, targets) * len(indices)
-        finally:
-            for part, training in modes:
-                part.training = training
+        with self.turn, self._judging(), torch.no_grad(), self._computing():
+            self._bind(weights)
+            for start in range(0, count, EVALUATION_PIECE):
+                indices = np.arange(start, min(start + EVALUATION_PIECE, count))
+                inputs, targets = self._batch(self._data.test, indices)
+                outputs = self.module(inputs)
+                loss += float(self._loss(outputs, targets)) * len(indices)
+                hits += self.right(outputs, targets) * len(indices)
         return Evaluation(hits / max(count, 1), loss / max(count, 1), count)
 
     def right(self, outputs: torch.Tensor, targets: torch.Tensor) -> float:
@@ -210,8 +211,9 @@ class TorchWorkload:
 
     def state_dict(self, weights: Flat) -> dict[str, npt.NDArray[np.generic]]:
         """The whole module with ``weights`` in it, frozen, tied and buffers too, under the names it loads. Copies."""
-        self._bind(weights)
-        return {name: _array(tensor).copy() for name, tensor in self.module.state_dict().items()}
+        with self.turn:
+            self._bind(weights)
+            return {name: _array(tensor).copy() for name, tensor in self.module.state_dict().items()}
 
     def bind(self, flat: torch.Tensor) -> None:
         """Let the parameters be views of ``flat`` (on this workload's device) until the next call of any method."""
@@ -278,6 +280,17 @@ class TorchWorkload:
     def _computing(self) -> Iterator[None]:
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             yield
+
+    @contextmanager
+    def _judging(self) -> Iterator[None]:
+        """Layers in evaluation mode; afterwards each in the mode it had."""
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     def _batch(self, samples: Samples, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         if (gather := getattr(samples, "gather", None)) is not None:

@@ -40,6 +40,10 @@ class TorchOptimizer:
         self._new: torch.Tensor | None = None
 
     def step(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        with self._workload.turn:
+            return self._step(gradient, weights)
+
+    def _step(self, gradient: Flat, weights: Flat) -> Flat:
         workload, old, delta = self._workload, alias(weights), alias(gradient)
         optimizer, scheduler = self._built()
         if self._new is None:
