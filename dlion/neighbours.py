@@ -133,6 +133,8 @@ class Neighbours:
             self._lost(peer, f"quarantined: {reason}")
 
     def close(self) -> None:
+        """Say goodbye on all links; take and make no more."""
+        self._spawn = None
         for task in self._wanted.values():
             task.cancel()
         self._wanted.clear()

@@ -145,6 +145,7 @@ async def _run(
         async with node:
             network.doors[peer] = node.accept
             await node.wait()
+            del network.doors[peer]
 
     async def watch() -> None:
         before = -1

@@ -64,10 +64,10 @@ def run_simulation(plan: Plan, out: Path | None = None, deaths: tuple[Death, ...
     result = simulate(plan.topology, make, deaths)
     logs = {peer: memory.data for peer, memory in memories.items()}
     summary = summarise(
-        read.from_memory(plan.run, logs),
+        read.from_memory(plan.run, dict(logs)),
         wall_seconds=time.perf_counter() - started,
         log_sha256=run_digest({peer: digest.hexdigest for peer, digest in digests.items()}),
-        replica_disagreement=disagreement(result.views),
+        replica_disagreement=disagreement(dict(result.views)),
         targets=job.evaluate.targets,
     )
     if out is not None:
