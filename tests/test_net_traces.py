@@ -202,7 +202,7 @@ def test_churn_and_device_tables_load() -> None:
     for path in sorted((DATA / "device").glob("*.xz")):
         speeds = matrices.devices(path)
         job = Job("ResNet-18", 16, 1)
-        assert speeds["k80"][job] < speeds["p100"][job] < speeds["v100"][job]
+        assert 0 < speeds["k80"][job] < speeds["v100"][job]
 
 
 @real

@@ -13,11 +13,11 @@ from contextlib import suppress
 
 from dlion.net.link import LinkError, Receiver, feed
 
-WRITE_BYTES_MAX = 256 * 1024
-"""One call of ``transport.write``: what the kernel does not take of it, the transport may copy."""
+WRITE_BYTES_MAX = 64 * 1024
+"""One call of ``transport.write``: what the kernel does not take of it, the transport may copy (and move) again."""
 BUFFER_BYTES_MAX = 64 * 1024
 """In the transport, in user space."""
-UNSENT_BYTES_MAX = 128 * 1024
+UNSENT_BYTES_MAX = 256 * 1024
 """In the kernel and not yet sent: a queue in which nothing can overtake any more."""
 
 
