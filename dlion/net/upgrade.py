@@ -62,7 +62,11 @@ def peer_application(accept: Callable[[StreamLink], None], *, links_max: int = L
         upgraded = _take_away(request, name)
         links.add(upgraded)
         upgraded.lost.add_done_callback(lambda _: links.discard(upgraded))
-        accept(upgraded)
+        try:
+            accept(upgraded)
+        except BaseException:
+            upgraded.abort()
+            raise
         return web.Response(status=101)  # for the access log; the connection it would go to has ended
 
     async def close_links(_: web.Application) -> None:
