@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 EXCHANGES: Mapping[str, str] = {
     "full": "dlion.exchange.full:Full",
     "dlion": "dlion.exchange.dlion:DLion",
+    "maxn": "dlion.exchange.dlion:MaxN",
+    "ako": "dlion.exchange.ako:Ako",
+    "gaia": "dlion.exchange.gaia:Gaia",
 }
 """Built-in strategies: name -> ``module:Class``."""
 

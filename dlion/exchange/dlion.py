@@ -30,6 +30,8 @@ from dlion.exchange.owed import Owed
 from dlion.exchange.spread import Spread
 from dlion.messages import Message, PeerId, Stream
 
+ENVELOPE_BYTES = 64
+"""What a message takes beyond its block."""
 Weights = Literal["global", "ratio", "none"]
 Transfers = Literal["best-to-all", "best-to-worst", "off"]
 
@@ -83,6 +85,15 @@ class DLion(Spread):
         return super().on_members(ctx)
 
 
+class MaxN(DLion):
+    """``maxn``: the paper's comparison ("Max10"): one N for all links, whatever they can carry, and no transfer."""
+
+    name = "maxn"
+
+    def __init__(self, *, n: float = 10.0, weighting: Weights = "global", residual: bool = False) -> None:
+        super().__init__(n_fixed=n, weighting=weighting, residual=residual, transfer="off")
+
+
 class Weighting:
     """How much an update counts. w_j += heard_j · Σ_k told_k · u_k with u_k the local step of peer k."""
 
@@ -115,10 +126,9 @@ class Budget:
         """Everything when it fits BW_ij / Iter_i bytes, else Max N; None when nothing new is owed."""
         if not owed.fresh:
             return None
-        budget_bytes = int(link.rate_bps * ctx.step_s / 8) or link.writable_bytes
-        whole = owed.only.block if owed.only is not None else None
-        if whole is not None and whole.nbytes_max <= budget_bytes and self.n_fixed is None:
-            return whole
+        budget_bytes = (int(link.rate_bps * ctx.step_s / 8) or link.writable_bytes) - ENVELOPE_BYTES
+        if owed.only is not None and owed.only.block.nbytes_max <= budget_bytes and self.n_fixed is None:
+            return owed.everything()
         spectrum = owed.spectrum(ctx.layout)
         block, _ = max_n(
             spectrum.array, ctx.layout, budget_bytes, n_min=self.n_min, n_fixed=self.n_fixed, spectrum=spectrum

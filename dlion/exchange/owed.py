@@ -56,9 +56,13 @@ class Owed:
     def __init__(self, size: int) -> None:
         self.size = size
         self.only: Piece | None = None
+        self.cursor = (0, 1)
+        """Where a strategy that says partitions in turn is: (next, of how many)."""
         self.cloud = ""
         """Micro-cloud from whose side these updates came."""
         self._sum: Flat | None = None
+        self._whole: Block | None = None
+        """What ``everything`` gave last."""
         self._spans: dict[PeerId, tuple[int, int]] = {}
 
     def __bool__(self) -> bool:
@@ -94,6 +98,7 @@ class Owed:
 
     def add(self, piece: Piece, coverage: Iterable[Span] = ()) -> None:
         """One more update is owed."""
+        self._whole = None
         if self:
             _add(self.flat, piece.values)
         else:
@@ -106,8 +111,7 @@ class Owed:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
         coverage = self.coverage
         self._spans.clear()
-        whole = self.only is not None and block is self.only.block
-        if whole or not keep or self._exact(block):
+        if not keep or block is self._whole or self._exact(block):
             self.clear()
         else:
             block.add_to(self.flat, -1.0)
@@ -115,11 +119,12 @@ class Owed:
 
     def everything(self) -> Block:
         """All that is owed, exactly: the update as it came, else float32, sparse where that is smaller."""
-        return self.only.block if self.only is not None else exact(self.flat)
+        self._whole = self.only.block if self.only is not None else exact(self.flat)
+        return self._whole
 
     def clear(self) -> None:
         """Nothing is owed any more."""
-        self.only = self._sum = None
+        self.only = self._sum = self._whole = None
         self._spans.clear()
 
     def _exact(self, block: Block) -> bool:

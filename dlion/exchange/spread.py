@@ -116,13 +116,20 @@ class Spread(Exchange):
         return owed
 
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
-        """Say something on each account whose link can take it; the same thing to many is one Send."""
+        """Say something on each account whose link can take it: what passes through first, it is older."""
+        accounts = list(accounts)
+        for side in (True, False):
+            peers = [peer for peer, passing in accounts if passing is side and peer in ctx.links]
+            yield from self._tell_side(sorted(peers, key=lambda p: (-ctx.links[p].rate_bps, p)), side, ctx, everything)
+
+    def _tell_side(self, peers: list[PeerId], passing: bool, ctx: Context, everything: bool) -> Iterator[Action]:
+        """The same thing to many is one Send, encoded once."""
         sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[PeerId]]] = {}
-        for peer, passing in sorted(accounts, key=lambda a: -ctx.links[a[0]].rate_bps if a[0] in ctx.links else 0.0):
-            link, owed = ctx.links.get(peer), self.owed[peer, passing]
-            if link is None or link.writable_bytes <= 0 or not owed:
+        for peer in peers:
+            owed = self.owed[peer, passing]
+            if ctx.links[peer].writable_bytes <= 0 or not owed:
                 continue
-            block = owed.everything() if everything else self.say(owed, link, ctx)
+            block = owed.everything() if everything else self.say(owed, ctx.links[peer], ctx)
             if block is None:
                 continue
             origin = owed.only.origin if owed.only is not None and block is owed.only.block else ctx.me
@@ -134,7 +141,7 @@ class Spread(Exchange):
                 sends[key] = (Message("update", step, 0, fields, (block,), coverage, origin=origin), [])
             sends[key][1].append(peer)
         for message, to in sends.values():
-            yield Send(tuple(to), message)
+            yield Send(tuple(sorted(to)), message)
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

@@ -205,6 +205,7 @@ class Bench:
 
     def drain(self) -> None:
         """Training ends everywhere: all that is owed is said and heard."""
+        self.deliver_all()
         for p in self.live:
             self._handle(self.seats[p], DrainNow())
         for _ in range(EVENTS_MAX):
