@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import os
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,11 @@ from hypothesis import strategies as st
 from dlion.clock import Deadlock, run
 from dlion.net.link import Link, LinkError, Receiver
 from dlion.net.shaped import Bottleneck, Route, Shaped, ShapedDialer
+from dlion.net.traces import mahimahi
 from dlion.net.wan import Rate
+
+DATA = Path(os.environ.get("DLION_DATA", Path(__file__).parents[1] / "../shared/data"))
+LTE = DATA / "wan/mahimahi/TMobile-LTE-driving.down.xz"
 
 
 class Wire:
@@ -136,6 +142,21 @@ async def test_a_saturated_link_delivers_what_the_trace_gives(rate: Rate) -> Non
     assert 0.99 * available <= wire.nbytes <= available + 1e-3
     assert link.capacity_bytes(0.0, 60.0) == available
     assert link.busy_s == pytest.approx(60.05, rel=1e-3)
+    link.abort()
+
+
+@pytest.mark.skipif(not LTE.is_file(), reason=f"no recorded trace at {LTE} (set DLION_DATA)")
+@virtual
+async def test_a_saturated_link_over_a_real_lte_trace_delivers_what_was_recorded() -> None:
+    rate = mahimahi(LTE)
+    assert 0.0 in rate.values
+    wire = Wire()
+    link = Shaped(wire, [Bottleneck(rate)], 0.03)
+    owner = Owner(link, 4096)
+    owner.fill()
+    await asyncio.sleep(400.03)
+    available = rate.integral(0.0, 400.0) / 8
+    assert 0.99 * available <= wire.nbytes <= available + 1e-3
     link.abort()
 
 
