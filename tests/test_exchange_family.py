@@ -94,3 +94,20 @@ def test_a_stranger_is_found_by_dotted_name_and_nonsense_is_refused() -> None:
     for wrong in ("nobody", "dlion.exchange.full:Nothing", "no.such.module:X", "dlion.tensors:Layout"):
         with pytest.raises(ValueError, match="exchange"):
             find(wrong)
+
+
+@pytest.mark.parametrize("name", ["diloco", "local-sgd"])
+@pytest.mark.parametrize("talk", ["mesh", "bridges", "tree"])
+def test_rounds_survive_deaths_with_one_common_model(name: str, talk: str) -> None:
+    """Whoever dies, wherever its last part got to: all survivors count the same parts."""
+    clouds = {"a0": "A", "a1": "A", "b0": "B", "b1": "B", "c0": "C"}
+    for seed in range(25):
+        bench = Bench(find(name), clouds, talk=talk, seed=seed)  # type: ignore[arg-type]
+        for dies_at in (25, 45):
+            bench.run(dies_at, learn)
+            for pair in list(bench.flying)[: seed % 7]:
+                bench.deliver(*pair)
+            bench.kill(sorted(bench.live)[seed % len(bench.live)])
+        bench.run(65, learn)
+        bench.drain()
+        assert bench.disagreement < 1e-6, seed

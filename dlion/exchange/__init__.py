@@ -16,6 +16,8 @@ EXCHANGES: Mapping[str, str] = {
     "maxn": "dlion.exchange.dlion:MaxN",
     "ako": "dlion.exchange.ako:Ako",
     "gaia": "dlion.exchange.gaia:Gaia",
+    "diloco": "dlion.exchange.diloco:DiLoCo",
+    "local-sgd": "dlion.exchange.localsgd:LocalSGD",
 }
 """Built-in strategies: name -> ``module:Class``."""
 
