@@ -105,7 +105,7 @@ def load_topology(name_or_path: str | Path, *, talk: Talk | None = None) -> Topo
     found = find("topology", name_or_path)
     reader = Reader(str(found.path))
     file = reader.struct(read_toml(found.path), TopologyFile)
-    return _Builder(file, reader, Rates(reader)).build(found, talk or file.talk)
+    return _Builder(file, reader, Rates(reader, found.path.parent)).build(found, talk or file.talk)
 
 
 class _Builder:
@@ -138,8 +138,15 @@ class _Builder:
                 for p, a in sorted(self.file.addresses.items())
             },
             about=self.file.about,
-            digest=hashlib.sha256(found.path.read_bytes()).hexdigest(),
+            digest=self._digest(found.path),
         )
+
+    def _digest(self, path: Path) -> str:
+        """Of the file, and of the traces that it names."""
+        digest = hashlib.sha256(path.read_bytes())
+        for name, trace in sorted(self.rates.digests.items()):
+            digest.update(f"{name} {trace}\n".encode())
+        return digest.hexdigest()
 
     def _check_names(self) -> None:
         if not self.cloud_of:
