@@ -31,6 +31,7 @@ from dlion.net.session import SessionLimits
 from dlion.observe import runlog
 from dlion.observe.meter import Meter
 from dlion.observe.runlog import RunLog
+from dlion.observe.status import State as NodeState
 from dlion.tensors import Flat
 from dlion.wire.admit import Admit
 from dlion.wire.codec import encode
@@ -124,7 +125,7 @@ class Node:
         self.learner, self.seams = learner, seams
         self.pace, self.exchange = pace, exchange
         self.step = 0
-        self.state = "starting"
+        self.state: NodeState = "starting"
         self.meter = Meter()
         self.membership = Membership(Record(me, identity.incarnation), topology, s.suspect_after_s)
         workload = learner.trainer.workload

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -120,7 +121,7 @@ def norm(flat: Flat) -> float:
     return float(np.sqrt(np.dot(flat, flat)))
 
 
-def disagreement(replicas: Mapping[str, Flat]) -> float:
+def disagreement(replicas: Mapping[Any, Flat]) -> float:
     """Largest distance of a replica from the mean of all, relative to the norm of that mean (0 for one replica)."""
     if len(replicas) < 2:
         return 0.0

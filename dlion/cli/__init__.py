@@ -25,6 +25,13 @@ class Verb(NamedTuple):
 
 
 VERBS: Mapping[str, Verb] = {
+    "demo": Verb("dlion.cli.demo:command", "Watch six peers in three micro-clouds train one model on this machine."),
+    "peer": Verb("dlion.cli.peer:command", "Start one peer on this host."),
+    "up": Verb("dlion.cli.up:command", "Start every peer of a topology on this machine, one process each."),
+    "simulate": Verb("dlion.cli.simulate:command", "Run a topology in virtual time, in one process."),
+    "report": Verb("dlion.cli.report:report", "Draw one run, or compare several."),
+    "evaluate": Verb("dlion.cli.evaluate:command", "Measure a run's snapshots.", hidden=True),
+    "managed": Verb("dlion.cli.managed:command", "One peer of `dlion up`.", hidden=True),
     "topology": Verb("dlion.cli.topology:topology", "Show, check and list topologies."),
 }
 """In the order of ``--help``; the texts stand here so that no verb is imported to print them."""

@@ -197,6 +197,11 @@ def node_of(
     learner = Learner(trainer, batcher_of(plan, peer, workload.global_train_size))
     identity = identity_of(plan, peer, workload, incarnation)
     write_header(plan, identity, workload, seams.log)
-    return Node(identity, plan.topology, learner, strategy, pace_of(job, strategy), seams, settings or node_settings(job))
+    pace = pace_of(job, strategy)
+    return Node(identity, plan.topology, learner, strategy, pace, seams, settings or node_settings(job))
 
 
+def check(plan: Plan) -> Plan:
+    """``plan``, after its strategy, settings and pace were found to make sense; raises ConfigError."""
+    pace_of(plan.job, exchange_of(plan.job))
+    return plan

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import click
 import msgspec
 import numpy as np
 
 from dlion.cli.build import Plan, node_of, workload_of
+from dlion.cli.options import plan_of, run_options
+from dlion.cli.show import show_summary
 from dlion.compute import Compute
-
 from dlion.learn.workload import Workload
 from dlion.messages import PeerId
 from dlion.net.link import Dialer
-from dlion.node import Node, Seams
+from dlion.node import Node, NodeSettings, Seams
 from dlion.observe import read
 from dlion.observe.runlog import Digest, Eval, Event, File, Memory, RunLog, run_digest
 from dlion.observe.summary import Summary, summarise
@@ -48,8 +51,11 @@ class Evaluator:
         )
 
 
-def run_simulation(plan: Plan, out: Path | None = None, deaths: tuple[Death, ...] = ()) -> Summary:
-    """Simulate ``plan``; logs go to ``out`` if given. The summary's hash covers every line of every peer's log."""
+def run_simulation(
+    plan: Plan, out: Path | None = None, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None
+) -> Summary:
+    """Simulate ``plan``; logs go to ``out`` if given. The summary's hash covers every line of every peer's log.
+    ``settings``: in place of the job's."""
     started = time.perf_counter()
     job = plan.job
     memories = {peer: Memory() for peer in plan.peers}
@@ -59,7 +65,7 @@ def run_simulation(plan: Plan, out: Path | None = None, deaths: tuple[Death, ...
         workload = workload_of(plan, peer)
         observer = Evaluator(workload, job.evaluate.samples or None)
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer)
-        return node_of(plan, peer, seams, workload=workload)
+        return node_of(plan, peer, seams, workload=workload, settings=settings)
 
     result = simulate(plan.topology, make, deaths)
     logs = {peer: memory.data for peer, memory in memories.items()}
@@ -67,7 +73,7 @@ def run_simulation(plan: Plan, out: Path | None = None, deaths: tuple[Death, ...
         read.from_memory(plan.run, dict(logs)),
         wall_seconds=time.perf_counter() - started,
         log_sha256=run_digest({peer: digest.hexdigest for peer, digest in digests.items()}),
-        replica_disagreement=disagreement(dict(result.views)),
+        replica_disagreement=disagreement(result.views),
         targets=job.evaluate.targets,
     )
     if out is not None:
@@ -79,3 +85,27 @@ def run_simulation(plan: Plan, out: Path | None = None, deaths: tuple[Death, ...
     return summary
 
 
+def parse_death(text: str) -> Death:
+    """``PEER@SECONDS``."""
+    peer, _, seconds = text.rpartition("@")
+    try:
+        return Death(PeerId(peer), float(seconds))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not PEER@SECONDS", param_hint="--kill") from None
+
+
+@click.command()
+@run_options
+@click.option("--kill", "kills", multiple=True, metavar="PEER@SECONDS", help="That peer vanishes at that time.")
+def command(kills: tuple[str, ...], **options: Any) -> None:
+    """Run every peer of a topology in one process, in virtual time.
+
+    The same node, strategy, session and links as a live run; gradients are real, durations are modelled.
+    """
+    plan = plan_of(options)
+    deaths = tuple(map(parse_death, kills))
+    for death in deaths:
+        if death.peer not in plan.topology.peers:
+            raise click.BadParameter(f"{plan.topology.name} has no peer {death.peer!r}", param_hint="--kill")
+    summary = run_simulation(plan, options["out"], deaths)
+    show_summary(summary, options["as_json"], options["out"])

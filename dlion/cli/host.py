@@ -1,0 +1,239 @@
+"""One node hosted by this process: its doors, its signals, its files.
+
+Law: wires a node to real sockets, threads and a directory. Knows no option and prints nothing itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dlion import __version__, tensorfile
+from dlion.cli.build import Plan, node_of, workload_of
+from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, Fault
+from dlion.compute import Threads
+from dlion.config import ConfigError
+from dlion.learn.workload import Workload
+from dlion.messages import PeerId
+from dlion.net.link import Link
+from dlion.net.shaped import Bottleneck, Route, ShapedDialer
+from dlion.net.stream import StreamLink
+from dlion.net.upgrade import UpgradeDialer, peer_application, serve
+from dlion.node import Node, Seams
+from dlion.observe.admin import admin_application
+from dlion.observe.evaluate import SnapshotStore
+from dlion.observe.runlog import Event, File, RunLog, next_log_path, write_host
+from dlion.status import StatusReader
+from dlion.tensors import Flat, Tensors
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SNAPSHOTS = "snapshots"
+
+
+@dataclass(frozen=True)
+class Doors:
+    """Where this process listens, and whether the links are slowed down to what the topology says."""
+
+    listen: tuple[str, int]
+    admin: tuple[str, int] | None = ("127.0.0.1", 0)
+    emulate: bool = False
+    """Shape links and pad steps as the topology says; False: the network and the machine as they are."""
+    insecure_plaintext: bool = False
+
+
+def address(text: str) -> tuple[str, int]:
+    """``host:port`` -> (host, port)."""
+    host, _, port = text.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def check_shareable(plan: Plan) -> None:
+    """A rate that peers in different processes share cannot be kept by any one of them: refuse it. ConfigError."""
+    users: dict[str, set[PeerId]] = {}
+    for (source, _), link in plan.topology.links.items():
+        for name in link.resources:
+            users.setdefault(name, set()).add(source)
+    for name, sources in sorted(users.items()):
+        if len(sources) > 1:
+            raise ConfigError(
+                plan.topology.name,
+                name,
+                f"this rate is shared by {', '.join(sorted(sources))}, which run in different processes",
+                'a rate per sender (per = "pair-of-hosts", or [[egress]]), or dlion simulate, which shares any rate',
+            )
+
+
+def routes_of(plan: Plan, me: PeerId, zero_s: float) -> dict[str, Route]:
+    """How ``me``'s links are slowed down; the topology's time 0 is the loop's ``zero_s``."""
+    topology = plan.topology
+    bottlenecks: dict[str, Bottleneck] = {}
+    routes: dict[str, Route] = {}
+    for (source, target), link in topology.links.items():
+        if source == me:
+            for name in link.resources:
+                bottlenecks.setdefault(name, Bottleneck(topology.resources[name].rate.shifted(-zero_s)))
+            up = None if link.up is None else link.up.shifted(-zero_s)
+            routes[target] = Route(tuple(bottlenecks[name] for name in link.resources), link.delay_s, up)
+    return routes
+
+
+class Snapshots:
+    """The node's observer: writes its view where an evaluator looks for it. Called in the exchange lane."""
+
+    def __init__(self, directory: Path, peer: PeerId, workload: Workload) -> None:
+        self._store, self._peer, self._layout = SnapshotStore(directory / SNAPSHOTS), peer, workload.layout
+
+    def __call__(self, t: float, step: int, view: Flat, replica: Flat) -> Iterable[Event]:
+        self._store.write(t, step, self._peer, Tensors(self._layout, view))
+        return ()
+
+
+@dataclass(frozen=True)
+class Hosted:
+    node: Node
+    status: StatusReader
+    listen: str
+    admin: str
+    log: Path
+
+
+@asynccontextmanager
+async def hosted(
+    plan: Plan,
+    peer: PeerId,
+    doors: Doors,
+    out: Path,
+    addresses: Callable[[str], Awaitable[Mapping[str, str]]] | Mapping[str, str],
+) -> AsyncIterator[Hosted]:
+    """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
+
+    ``addresses``: of the neighbours; or a callable that is told where we listen and answers with them later.
+    """
+    if doors.listen[0] not in LOOPBACK and not doors.insecure_plaintext:
+        raise Fault(
+            CONFIGURATION,
+            f"{peer} would speak plaintext on {doors.listen[0]}",
+            why="links are neither encrypted nor authenticated in this version",
+            advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",
+        )
+    workload = await asyncio.to_thread(workload_of, plan, peer)
+    log_path = _open_directory(out, peer)
+    loop, door = asyncio.get_running_loop(), _Door()
+    site = await serve(peer_application(door.knock), *doors.listen)
+    try:
+        here = f"{doors.listen[0]}:{site.port}"
+        known = addresses if isinstance(addresses, Mapping) else await addresses(here)
+        routes = routes_of(plan, peer, loop.time()) if doors.emulate else {}
+        timeout_s = plan.job.node.hello_timeout_s
+        dialer = ShapedDialer(UpgradeDialer(known, timeout_s=timeout_s, name=peer), routes)
+        compute = Threads(paced=doors.emulate)
+        log = RunLog(File(log_path))
+        seams = Seams(dialer, compute, plan.job.job.seed, log, Snapshots(out, peer, workload))
+        node = node_of(plan, peer, seams, workload=workload, incarnation=time.time_ns() // 1_000_000)
+        status = StatusReader(node)
+        async with _admin(doors, status) as admin, node:
+            door.open(lambda link: node.accept(_shaped(link, routes)))
+            yield Hosted(node, status, here, admin, log_path)
+    finally:
+        await site.close()
+
+
+class _Door:
+    """Links that come before the node is there wait for it."""
+
+    def __init__(self) -> None:
+        self._waiting: list[StreamLink] = []
+        self._accept: Callable[[StreamLink], None] = self._waiting.append
+
+    def knock(self, link: StreamLink) -> None:
+        self._accept(link)
+
+    def open(self, accept: Callable[[StreamLink], None]) -> None:
+        self._accept = accept
+        for link in self._waiting:
+            accept(link)
+
+
+def _shaped(link: StreamLink, routes: Mapping[str, Route]) -> Link:
+    """An accepted link, slowed down like one that we dialled; the name is what the other end says it is."""
+    route = routes.get(link.name)
+    return link if route is None else route.shape(link)
+
+
+def _open_directory(out: Path, peer: PeerId) -> Path:
+    """Where ``peer`` logs; raises Fault when nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log_path = next_log_path(out, peer)
+        write_host(
+            out,
+            peer,
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "host": platform.node(),
+                "pid": os.getpid(),
+                "dlion": __version__,
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                "cores": os.cpu_count() or 0,
+            },
+        )
+    except OSError as error:
+        raise Fault(CANNOT_WRITE, "cannot write the run's files", str(out), error.strerror or str(error)) from error
+    return log_path
+
+
+@asynccontextmanager
+async def _admin(doors: Doors, status: StatusReader) -> AsyncIterator[str]:
+    if doors.admin is None:
+        yield ""
+        return
+    site = await serve(admin_application(status), *doors.admin)
+    try:
+        yield f"{doors.admin[0]}:{site.port}"
+    finally:
+        await site.close()
+
+
+def save_model(node: Node, out: Path) -> Path:
+    """The strategy's view of the model as ``PEER.safetensors``; appears only when complete."""
+    view = node.exchange.view(node.ctx.weights)
+    path = out / f"{node.me}.safetensors"
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    tensorfile.write(temporary, node.ctx.layout.views(view))
+    temporary.replace(path)
+    return path
+
+
+class Signals:
+    """First SIGINT or SIGTERM: ``drain``. A second SIGINT ends the process at once."""
+
+    def __init__(self, drain: Callable[[str], None]) -> None:
+        self._drain = drain
+        self._asked = False
+
+    def __enter__(self) -> Signals:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled, number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._asked and number == signal.SIGINT:
+            os._exit(130)
+        self._asked = True
+        self._drain(signal.Signals(number).name)

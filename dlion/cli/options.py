@@ -1,0 +1,69 @@
+"""Options that several verbs share, and what they mean.
+
+Law: click declarations and the plan that they describe; imports the configuration only when called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from dlion.cli.build import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RUN_OPTIONS = (
+    click.option("--job", default="digits", show_default=True, help="What to train: a packaged name or a TOML file."),
+    click.option("--topology", default="hetero-system", show_default=True, help="Who and over what: a name or a file."),
+    click.option("--exchange", help="The strategy, in place of the job's.", metavar="NAME"),
+    click.option("--pace", help="The pace, in place of the strategy's own.", metavar="NAME"),
+    click.option("--talk", type=click.Choice(["mesh", "bridges", "tree"]), help="In place of the topology's."),
+    click.option("--until", help="How long to train.", metavar="DURATION"),
+    click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance."),
+    click.option("--data", type=click.Path(file_okay=False), help="Where the job's data files are."),
+    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any key of the job: train.batch=32."),
+    click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where logs, report and models go."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."),
+)
+
+
+def run_options(command: F) -> F:
+    """The options that describe a run."""
+    for option in reversed(RUN_OPTIONS):
+        command = option(command)
+    return command
+
+
+FLAGS = {
+    "exchange": "exchange.name",
+    "pace": "pace.name",
+    "until": "job.until",
+    "seed": "job.seed",
+    "data": "data.dir",
+}
+"""Option -> the key of the job that it overrules."""
+
+
+def flags_of(options: Mapping[str, Any]) -> dict[str, object]:
+    """What the options overrule in the job file."""
+    from dlion.config.job import set_flag
+
+    flags: dict[str, object] = dict(map(set_flag, options["sets"]))
+    for option, key in FLAGS.items():
+        if options.get(option) is not None:
+            flags[key] = options[option]
+    return flags
+
+
+def plan_of(options: Mapping[str, Any]) -> Plan:
+    """The run that the options describe; raises ConfigError."""
+    from dlion.cli.build import Plan, check
+    from dlion.config import load_job, load_topology
+
+    job = load_job(options["job"], flags_of(options))
+    topology = load_topology(options["topology"], talk=options["talk"])
+    return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
