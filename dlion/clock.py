@@ -11,7 +11,7 @@ import asyncio
 import heapq
 from asyncio import base_events, events
 from collections.abc import Callable
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import Any
 
 
@@ -34,18 +34,24 @@ class VirtualLoop(base_events.BaseEventLoop):
     def time(self) -> float:
         return self._now
 
+    def call_soon(  # type: ignore[override]
+        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+    ) -> events.Handle:
+        handle = events.Handle(callback, args, self, context)
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
-        return self.call_at(self._now + max(delay, 0.0), callback, *args, context=context)
+        return self.call_at(self._now + delay if delay > 0.0 else self._now, callback, *args, context=context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
-        handle = events.TimerHandle(when, callback, args, self, context)
-        handle._scheduled = True  # type: ignore[attr-defined]
+        handle = _Timer(when, callback, args, self, context)
         self._order += 1
-        heapq.heappush(self._timers, (max(when, self._now), self._order, handle))
+        heapq.heappush(self._timers, (when if when > self._now else self._now, self._order, handle))
         return handle
 
     def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
@@ -57,16 +63,26 @@ class VirtualLoop(base_events.BaseEventLoop):
             self._failure = failure
 
     def _run_once(self) -> None:
+        """All that can happen until somebody stops the loop: one flat loop, for it turns a million times a minute."""
         ready = self._ready  # type: ignore[attr-defined]
-        if not ready:
-            self._wake()
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
-            if self._failure is not None:
-                failure, self._failure = self._failure, None
-                raise failure
+        while True:
+            if not ready:
+                self._wake()
+            for _ in range(len(ready)):
+                handle = ready.popleft()
+                if handle._cancelled:
+                    continue
+                try:
+                    handle._context.run(handle._callback, *handle._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as error:
+                    self.fail(error)
+                if self._failure is not None:
+                    failure, self._failure = self._failure, None
+                    raise failure
+            if self._stopping:  # type: ignore[attr-defined]
+                return
 
     def _wake(self) -> None:
         """Move the clock to the next live timer and make it ready."""
@@ -85,6 +101,22 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def _process_events(self, event_list: object) -> None:
         """There are no file descriptors."""
+
+
+class _Timer(events.TimerHandle):
+    """A timer handle made in one call. Never in debug mode's heap, so it need not know whether it is scheduled."""
+
+    def __init__(  # the base's three constructors cost more than most callbacks
+        self, when: float, callback: Callable[..., object], args: Any, loop: VirtualLoop, context: Context | None
+    ) -> None:
+        self._context = copy_context() if context is None else context
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = self._source_traceback = None
+        self._when = when
+        self._scheduled = False
 
 
 def _record(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
