@@ -158,7 +158,7 @@ class Replica:
 
     def _hear(self, item: Heard, outcome: Outcome) -> None:
         try:
-            message = decode(item.body, self._limits)
+            message = decode(item.body, self._limits, hop=item.hop, seq=item.seq)
         except Malformed as error:
             outcome.refused.append((item.hop, f"malformed: {error}"))
             return
@@ -168,7 +168,6 @@ class Replica:
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
-        message = replace(message, hop=item.hop, seq=item.seq)
         if message.kind.startswith("~"):
             outcome.notices.append(message)
             return

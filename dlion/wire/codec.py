@@ -32,7 +32,8 @@ PROBE_BYTES = 16 << 10
 """zstd is tried on this much first, ..."""
 SHRUNK_MAX = 0.9
 """... and used when it leaves at most this share: plain floats shrink to 0.92, which is not worth 4 ns a byte."""
-ZSTD_BYTES_MIN = 1024
+ZSTD_BYTES_MIN = 16 << 10
+"""Below this the frame costs more time than it can save."""
 ZSTD_WINDOW_BYTES_MAX = 8 << 20
 INT_MAX = (1 << 53) - 1
 NOBODY = PeerId("")
