@@ -23,6 +23,7 @@ RUN_OPTIONS = (
     click.option("--pace", help="The pace, in place of the strategy's own.", metavar="NAME"),
     click.option("--talk", type=click.Choice(["mesh", "bridges", "tree"]), help="In place of the topology's."),
     click.option("--until", help="How long to train.", metavar="DURATION"),
+    click.option("--start", help="Begin this far into the topology's traces.", metavar="DURATION"),
     click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance."),
     click.option("--data", type=click.Path(file_okay=False), help="Where the job's data files are."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any key of the job: train.batch=32."),
@@ -59,11 +60,22 @@ def flags_of(options: Mapping[str, Any]) -> dict[str, object]:
     return flags
 
 
+def duration(text: str) -> float:
+    """Seconds, as in the configuration files: ``90``, ``"5m"``."""
+    from dlion.config.units import UNITS, seconds
+
+    try:
+        return seconds(text)
+    except ValueError:
+        raise click.BadParameter(f"found {text!r}, expected {UNITS['seconds'][1]}") from None
+
+
 def plan_of(options: Mapping[str, Any]) -> Plan:
     """The run that the options describe; raises ConfigError."""
     from dlion.cli.build import Plan, check
     from dlion.config import load_job, load_topology
+    from dlion.mesh.changes import started
 
     job = load_job(options["job"], flags_of(options))
-    topology = load_topology(options["topology"], talk=options["talk"])
+    topology = started(load_topology(options["topology"], talk=options["talk"]), duration(options.get("start") or "0"))
     return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))

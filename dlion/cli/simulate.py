@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,11 @@ import numpy as np
 
 from dlion.cli.build import Plan, node_of, workload_of
 from dlion.cli.options import plan_of, run_options
+from dlion.cli.planfile import save_plan
 from dlion.cli.show import show_summary
 from dlion.compute import Compute
 from dlion.learn.workload import Workload
+from dlion.mesh.presence import departures
 from dlion.messages import PeerId
 from dlion.net.link import Dialer
 from dlion.node import Node, NodeSettings, Seams
@@ -67,7 +70,8 @@ def run_simulation(
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer)
         return node_of(plan, peer, seams, workload=workload, settings=settings)
 
-    result = simulate(plan.topology, make, deaths)
+    leaving = departures(plan.topology, job.job.until_s)
+    result = simulate(plan.topology, make, (*deaths, *itertools.starmap(Death, leaving.items())))
     logs = {peer: memory.data for peer, memory in memories.items()}
     summary = summarise(
         read.from_memory(plan.run, dict(logs)),
@@ -77,6 +81,7 @@ def run_simulation(
         targets=job.evaluate.targets,
     )
     if out is not None:
+        save_plan(plan, out)
         for peer, data in logs.items():
             sink = File(out / f"{peer}.jsonl")
             sink.write(data)
