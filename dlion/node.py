@@ -223,6 +223,11 @@ class Node:
             self._stopping, self._leaving = reason, leaving
             self._changed.set()
 
+    @property
+    def ended(self) -> str:
+        """Why training ended; empty while it runs."""
+        return self._stopping
+
     def accept(self, link: Link) -> None:
         self.neighbours.accept(link)
 

@@ -22,7 +22,7 @@ from dlion.cli.build import Plan, node_of, workload_of
 from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, Fault
 from dlion.compute import Threads
 from dlion.config import ConfigError
-from dlion.learn.workload import Workload
+from dlion.learn.workload import Part, Workload
 from dlion.messages import PeerId
 from dlion.net.link import Link
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
@@ -48,6 +48,8 @@ class Doors:
     emulate: bool = False
     """Shape links and pad steps as the topology says; False: the network and the machine as they are."""
     insecure_plaintext: bool = False
+    data_share: float = 1.0
+    """Use only this share of the peer's part of the data."""
 
 
 def address(text: str) -> tuple[str, int]:
@@ -126,6 +128,8 @@ async def hosted(
             advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",
         )
     workload = await asyncio.to_thread(workload_of, plan, peer)
+    if doors.data_share < 1.0:
+        workload = Part(workload, doors.data_share)
     log_path = _open_directory(out, peer)
     loop, door = asyncio.get_running_loop(), _Door()
     site = await serve(peer_application(door.knock), *doors.listen)

@@ -33,11 +33,13 @@ class PeerFile(Table, frozen=True):
     """The address neighbours use, where it differs from ``listen`` (behind NAT, in a container)."""
     admin: str = "127.0.0.1:0"
     data_share: Share | None = None
-    """Share of the training data; absent = equal shares."""
+    """Use only this share of this peer's part of the training data; absent = all of it."""
     speed: RawRate = None
     """Emulated samples per second, in place of the topology's; 0 = the machine's real speed."""
     out: str = ""
     """Where log, report and model go; "" = a new directory under ``runs/``."""
+    emulate: bool = False
+    """Slow links and steps down to what the topology says; false = the network and the machine as they are."""
     insecure_plaintext: bool = False
     peers: dict[str, str] = msgspec.field(default_factory=dict)
     """Addresses of neighbours, in place of the topology's; "" = that one dials us."""

@@ -188,7 +188,7 @@ class Weighted:
     apart. After that the part is dealt anew every ``period_s``, and at once when peers or the global batch change.
     """
 
-    PROBES = (1.0, 0.5, 1.5)
+    PROBES = (0.25, 0.5)
     """Sizes tried, in even parts; their mean is 1."""
 
     def __init__(self, me: str, sizes: GlobalBatch, *, period_s: float = 5.0, started_at: float | None = None) -> None:

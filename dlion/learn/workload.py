@@ -95,3 +95,14 @@ class WorkloadSpec:
             raise ValueError("workload: size and train_limit must be at least 1")
         if self.hidden is not None and any(width < 1 for width in self.hidden):
             raise ValueError(f"workload: hidden widths must be at least 1, not {self.hidden}")
+
+
+class Part:
+    """The first ``share`` (0 to 1, at least one sample) of a workload's shard; everything else is the workload's."""
+
+    def __init__(self, whole: Workload, share: float) -> None:
+        self._whole = whole
+        self.layout = whole.layout
+        self.global_train_size = whole.global_train_size
+        self.train_size = max(1, int(share * whole.train_size))
+        self.initial, self.gradient, self.evaluate = whole.initial, whole.gradient, whole.evaluate

@@ -1,0 +1,104 @@
+"""``dlion peer``: one peer on this host, from its peer file.
+
+Law: options and signals in, progress lines out; hosting is ``host``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from dlion import __version__
+from dlion.cli.build import Plan, check
+from dlion.cli.errors import DRAIN_CUT_SHORT, NO_PEER, Fault
+from dlion.cli.host import Doors, Hosted, Signals, address, hosted, save_model
+from dlion.cli.options import flags_of
+from dlion.cli.planfile import save_plan
+from dlion.config import PeerSetup, load_setup
+from dlion.messages import PeerId
+from dlion.observe.live import LiveView
+
+REFRESH_S = 0.5
+PIPED_REFRESH_S = 10.0
+
+
+def plan_of_peer(setup: PeerSetup) -> Plan:
+    """What this peer runs: its job over its topology, with its own emulated speed if its file gives one."""
+    job, topology, name = setup.job, setup.topology, PeerId(setup.peer.name)
+    if setup.speed is not topology.peers[name].speed:
+        topology = replace(topology, peers={**topology.peers, name: replace(topology.peers[name], speed=setup.speed)})
+    return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
+
+
+async def _run(plan: Plan, setup: PeerSetup, out: Path) -> int:
+    peer, console = PeerId(setup.peer.name), Console(stderr=True, highlight=False)
+    doors = Doors(
+        address(setup.peer.listen),
+        address(setup.peer.admin),
+        emulate=setup.peer.emulate,
+        insecure_plaintext=setup.peer.insecure_plaintext,
+        data_share=setup.peer.data_share or 1.0,
+    )
+    async with hosted(plan, peer, doors, out, setup.addresses) as host:
+        console.print(
+            f"dlion {__version__}  run {plan.run}  peer {peer}  seed {plan.job.job.seed}  "
+            f"exchange {plan.job.exchange.name}  {plan.job.job.until_s:g} s once all are there\n"
+            f"links on {host.listen}, status on http://{host.admin}/status.json; log, model: {out}\n"
+            "Ctrl-C or SIGTERM drains and stops",
+            soft_wrap=True,
+        )
+        if doors.insecure_plaintext:
+            console.print(f"[yellow]warning:[/] {host.listen} speaks plaintext: anybody on the way can read and forge")
+        with Signals(host.node.stop), LiveView(console) as view:
+            await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
+        model = save_model(host.node, out)
+        reason = host.node.ended
+    console.print(f"{peer}: {host.node.step} steps, {reason}; model: {model}", soft_wrap=True)
+    if not any(link["received_bytes"] for link in host.status()["links"].values()) and len(plan.peers) > 1:
+        raise Fault(NO_PEER, f"{peer} met none of its neighbours", why="it trained alone", advice="check addresses")
+    return DRAIN_CUT_SHORT if "cut short" in reason else 0
+
+
+async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
+    """Show the status until the node has finished."""
+    finished = asyncio.create_task(host.node.wait())
+    try:
+        while not finished.done():
+            await asyncio.wait([finished], timeout=refresh_s)
+            view.show([host.status()])
+        await finished
+    finally:
+        finished.cancel()
+
+
+@click.command()
+@click.argument("file", metavar="FILE")
+@click.option("--until", help="How long to train, in place of the job's.", metavar="DURATION")
+@click.option("--exchange", help="The strategy, in place of the job's.", metavar="NAME")
+@click.option("--data", type=click.Path(file_okay=False), help="Where the job's data files are.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any key of the job: train.batch=32.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="In place of the file's.")
+def command(file: str, out: Path | None, **options: Any) -> int:
+    """Start the peer that FILE describes (a TOML file, or the name of a packaged one such as a1).
+
+    Peers may be started in any order; they wait for each other, and go on when one dies.
+    """
+    setup = load_setup(file, flags_of(options))
+    plan = plan_of_peer(setup)
+    directory = out or Path(setup.peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{setup.peer.name}")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_plan(plan, directory)
+    try:
+        import uvloop
+
+        factory = None if setup.peer.emulate else uvloop.new_event_loop  # whose clock ticks in whole milliseconds
+    except ModuleNotFoundError:
+        factory = None
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_run(plan, setup, directory))
