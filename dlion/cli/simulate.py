@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dlion.messages import PeerId
 from dlion.net.link import Dialer
 from dlion.node import Node, NodeSettings, Seams
 from dlion.observe import read
-from dlion.observe.runlog import Digest, Eval, Event, File, Memory, RunLog, run_digest
+from dlion.observe.runlog import Digest, Eval, Event, Memory, RunLog, run_digest
 from dlion.observe.summary import Summary, summarise
 from dlion.simulation import Death, simulate
 from dlion.tensors import Flat, disagreement
@@ -54,11 +55,20 @@ class Evaluator:
         )
 
 
-def run_simulation(
-    plan: Plan, out: Path | None = None, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None
-) -> Summary:
-    """Simulate ``plan``; logs go to ``out`` if given. The summary's hash covers every line of every peer's log.
-    ``settings``: in place of the job's."""
+@dataclass(frozen=True)
+class Played:
+    """A simulated run: its events in memory, what they come to, and the lines of each peer's log."""
+
+    run: read.Run
+    summary: Summary
+    logs: Mapping[PeerId, bytes]
+
+
+def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None) -> Played:
+    """Simulate ``plan``; peers whose presence ends are among the dead. ``settings``: in place of the job's.
+
+    The summary's hash covers every line of every peer's log.
+    """
     started = time.perf_counter()
     job = plan.job
     memories = {peer: Memory() for peer in plan.peers}
@@ -73,21 +83,28 @@ def run_simulation(
     leaving = departures(plan.topology, job.job.until_s)
     result = simulate(plan.topology, make, (*deaths, *itertools.starmap(Death, leaving.items())))
     logs = {peer: memory.data for peer, memory in memories.items()}
+    run = read.from_memory(plan.run, logs)
     summary = summarise(
-        read.from_memory(plan.run, dict(logs)),
+        run,
         wall_seconds=time.perf_counter() - started,
         log_sha256=run_digest({peer: digest.hexdigest for peer, digest in digests.items()}),
         replica_disagreement=disagreement(result.views),
         targets=job.evaluate.targets,
     )
+    return Played(run, summary, logs)
+
+
+def run_simulation(
+    plan: Plan, out: Path | None = None, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None
+) -> Summary:
+    """``play``; plan, logs and summary go to ``out`` if given, in place of an earlier run's."""
+    played = play(plan, deaths, settings)
     if out is not None:
         save_plan(plan, out)
-        for peer, data in logs.items():
-            sink = File(out / f"{peer}.jsonl")
-            sink.write(data)
-            sink.close()
-        (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
-    return summary
+        for peer, data in played.logs.items():
+            (out / f"{peer}.jsonl").write_bytes(data)
+        (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(played.summary), indent=2))
+    return played.summary
 
 
 def parse_death(text: str) -> Death:
