@@ -58,6 +58,15 @@ def test_akos_cost_model(rate_bps: float, expected: int) -> None:
     assert exchange.count(bench.seats[PeerId("a")].ctx) == expected
 
 
+def test_tfako_fits_each_link_and_scales_by_throughput() -> None:
+    bench = Bench(find("tfako"), 3, layout=Layout(("w",), ((1000,),)), batches={"a": 10, "b": 10, "c": 20})
+    bench.rates_bps["a", "c"] = 32 * 1000 / 0.1 / 5
+    bench.step("a", ones)
+    assert "a -> b: update 0/0 [a0] 1000 of 0+1000 F32" in bench.transcript
+    assert "a -> c: update 0/0 [a0] 200 of 0+200 F32" in bench.transcript
+    assert bench.transcript[1] == "a += [a0]"
+
+
 def test_gaia_says_only_what_is_significant() -> None:
     layout = Layout(("w",), ((100,),))
     bench = Bench(partial(Gaia, threshold=0.1), 2, layout=layout)
@@ -96,7 +105,89 @@ def test_a_stranger_is_found_by_dotted_name_and_nonsense_is_refused() -> None:
             find(wrong)
 
 
-@pytest.mark.parametrize("name", ["diloco", "local-sgd"])
+ROUNDS = ["diloco", "local-sgd", "streaming", "sparseloco"]
+
+
+def test_diloco_of_one_step_without_momentum_is_averaging() -> None:
+    make = partial(find("diloco"), local_steps=1, outer_learning_rate=1.0, outer_momentum=0.0)
+    full, diloco = Bench(Full, 4), Bench(make, 4)
+    for bench in (full, diloco):
+        bench.run(10, learn)
+        bench.drain()
+    for peer in full.seats:
+        np.testing.assert_allclose(diloco.seats[peer].weights, full.seats[peer].weights, atol=1e-6)
+
+
+def test_dilocos_outer_step_is_nesterovs() -> None:
+    layout = Layout(("w",), ((4,),))
+    bench = Bench(partial(find("diloco"), local_steps=2, outer_learning_rate=0.5, outer_momentum=0.9), 2, layout=layout)
+    weights = bench.seats[PeerId("a")].weights.copy()
+    velocity = np.zeros(4)
+    for _ in range(3):
+        for step in range(4):
+            bench.step("ab"[step % 2], ones)
+        assert not bench.may_step("a")
+        bench.deliver_all()
+        velocity = 0.9 * velocity + 2.0
+        weights += 0.5 * (2.0 + 0.9 * velocity)
+        np.testing.assert_allclose(bench.seats[PeerId("b")].weights, weights, rtol=1e-5)
+
+
+def test_rounds_by_the_clock_let_fast_peers_do_more() -> None:
+    bench = Bench(partial(find("diloco"), round_s=1.0), 2)
+    while bench.may_step("a"):
+        bench.step("a", ones)
+    assert bench.seats[PeerId("a")].step > 20
+    while bench.may_step("b"):
+        bench.step("b", ones)
+    assert bench.seats[PeerId("b")].step == 1
+    bench.deliver_all()
+    assert bench.may_step("a")
+
+
+@pytest.mark.parametrize("name", ["local-sgd", "streaming"])
+def test_overlapped_rounds_never_hold_a_step_back(name: str) -> None:
+    bench = Bench(find(name), 3)
+    for _ in range(50):
+        assert bench.may_step("a")
+        bench.step("a", learn)
+    bench.run(50, learn)
+    bench.drain()
+    assert bench.disagreement < 1e-6
+    for seat in bench.seats.values():
+        np.testing.assert_allclose(seat.weights, seat.view, atol=1e-5)
+
+
+def test_a_fragment_merges_as_alpha_local_and_the_rest_global() -> None:
+    make = partial(find("streaming"), fragments=2, local_steps=2, bits=32, outer_learning_rate=1.0, outer_momentum=0.0)
+    bench = Bench(make, 2, layout=Layout(("w",), ((8,),)))
+    start = bench.seats[PeerId("a")].weights.copy()
+    bench.step("a", ones)
+    bench.step("b", lambda p, s, w: 3 * np.ones_like(w))
+    bench.step("a", ones)
+    bench.deliver("b", "a")
+    moved = bench.seats[PeerId("a")].weights - start
+    np.testing.assert_allclose(moved, [2.0] * 8, rtol=1e-5)  # 0.5 * local 2 + 0.5 * global (1 + 3) / 2
+    bench.step("b", lambda p, s, w: 3 * np.ones_like(w))
+    bench.deliver("a", "b")
+    moved = bench.seats[PeerId("b")].weights - start
+    np.testing.assert_allclose(moved, [4.0] * 4 + [6.0] * 4, rtol=1e-5)
+
+
+def test_sparseloco_says_the_largest_of_every_chunk_and_remembers_the_rest() -> None:
+    make = partial(find("sparseloco"), local_steps=1, chunk=100, keep=10)
+    bench = Bench(make, 2, layout=Layout(("w",), ((1050,),)))
+    bench.step("a", learn)
+    assert any("part 0/0 [a0] 105 of 0+1050 I4" in line for line in bench.transcript)
+    error = bench.seats[PeerId("a")].exchange.state()["error"]
+    given = bench.seats[PeerId("a")].exchange.state()["given"]
+    bench.deliver("a", "b")
+    rows = np.abs(given[:1000]).reshape(10, 100)
+    cut = np.sort(rows, axis=1)[:, -10]
+    assert (np.abs(error[:1000].reshape(10, 100)).max(axis=1) <= cut).all()
+
+
+@pytest.mark.parametrize("name", ROUNDS)
 @pytest.mark.parametrize("talk", ["mesh", "bridges", "tree"])
 def test_rounds_survive_deaths_with_one_common_model(name: str, talk: str) -> None:
     """Whoever dies, wherever its last part got to: all survivors count the same parts."""

@@ -15,9 +15,13 @@ EXCHANGES: Mapping[str, str] = {
     "dlion": "dlion.exchange.dlion:DLion",
     "maxn": "dlion.exchange.dlion:MaxN",
     "ako": "dlion.exchange.ako:Ako",
+    "tfako": "dlion.exchange.tfako:TFAko",
     "gaia": "dlion.exchange.gaia:Gaia",
     "diloco": "dlion.exchange.diloco:DiLoCo",
     "local-sgd": "dlion.exchange.localsgd:LocalSGD",
+    "streaming": "dlion.exchange.streaming:Streaming",
+    "sparseloco": "dlion.exchange.sparseloco:SparseLoCo",
+    "pride": "dlion.exchange.pride:Pride",
 }
 """Built-in strategies: name -> ``module:Class``."""
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from math import ceil
 
-import numpy as np
-
-from dlion.blocks import Block, dense
+from dlion.blocks import Block
 from dlion.exchange.base import Context, LinkView
 from dlion.exchange.owed import Owed
 from dlion.exchange.spread import Spread
@@ -47,14 +45,4 @@ class Ako(Spread):
         return min(max(1, ceil(sent_bps / bandwidth_bps)), self.partitions_max, ctx.layout.size)
 
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
-        if not owed.fresh:
-            return None
-        turn, count = owed.cursor
-        if turn == 0:
-            count = self.count(ctx)
-        owed.cursor = ((turn + 1) % count, count)
-        if count == 1:
-            return owed.everything()
-        bounds = np.linspace(0, ctx.layout.size, count + 1).astype(int)
-        start, stop = int(bounds[turn]), int(bounds[turn + 1])
-        return dense(owed.flat[start:stop], start=start)
+        return owed.partition(self.count(ctx)) if owed.fresh else None

@@ -36,5 +36,5 @@ class DiLoCo(Rounds):
             raise ValueError(f"{self.name}: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.encoding = ENCODINGS[bits]
 
-    def part(self, moved: Flat, ctx: Context) -> Block:
-        return dense(moved, self.encoding)
+    def part(self, moved: Flat, start: int, ctx: Context) -> Block:
+        return dense(moved, self.encoding, start=start)

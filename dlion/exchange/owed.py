@@ -28,8 +28,8 @@ class Piece:
 
     @cached_property
     def block(self) -> Block:
-        """The whole update, exactly: as it was heard, or dense float32."""
-        return self.values if isinstance(self.values, Block) else dense(self.values)
+        """The whole update, exactly: as it was heard, or float32 without its zeros where these are many."""
+        return self.values if isinstance(self.values, Block) else exact(self.values)
 
     @cached_property
     def flat(self) -> Flat:
@@ -58,6 +58,8 @@ class Owed:
         self.only: Piece | None = None
         self.cursor = (0, 1)
         """Where a strategy that says partitions in turn is: (next, of how many)."""
+        self.partial = False
+        """True: what was said last left entries out."""
         self.cloud = ""
         """Micro-cloud from whose side these updates came."""
         self._sum: Flat | None = None
@@ -110,12 +112,22 @@ class Owed:
     def said(self, block: Block, *, keep: bool = True) -> tuple[Span, ...]:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
         coverage = self.coverage
+        self.partial = block.indices is not None and block is not self._whole
         self._spans.clear()
         if not keep or block is self._whole or self._exact(block):
             self.clear()
         else:
             block.add_to(self.flat, -1.0)
         return coverage
+
+    def partition(self, count: int) -> Block:
+        """The next of ``count`` equal partitions, with all that is owed there; a new ``count`` holds from the first."""
+        turn, of = self.cursor if self.cursor[0] else (0, count)
+        self.cursor = ((turn + 1) % of, of)
+        if of == 1:
+            return self.everything()
+        start, stop = turn * self.size // of, (turn + 1) * self.size // of
+        return dense(self.flat[start:stop], start=start)
 
     def everything(self) -> Block:
         """All that is owed, exactly: the update as it came, else float32, sparse where that is smaller."""
@@ -131,12 +143,13 @@ class Owed:
         return block.indices is None and block.size == self.size and block.encoding is Encoding.F32
 
 
-def exact(flat: Flat) -> Block:
+def exact(flat: Flat, *, start: int = 0) -> Block:
     """``flat`` without loss, in the smaller of two forms; an empty block when all is zero."""
-    indices = np.flatnonzero(flat)
-    if block_bytes(Encoding.F32, flat.size, indices.size) < block_bytes(Encoding.F32, flat.size):
-        return sparse(flat, indices, Encoding.F32, scanned=flat.size)
-    return dense(flat)
+    mask = flat != 0
+    count = int(np.count_nonzero(mask))
+    if block_bytes(Encoding.F32, flat.size, count) < block_bytes(Encoding.F32, flat.size):
+        return sparse(flat, np.flatnonzero(mask), Encoding.F32, start=start, scanned=flat.size)
+    return dense(flat, start=start)
 
 
 def _add(target: Flat, values: Flat | Block) -> None:

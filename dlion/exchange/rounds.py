@@ -107,7 +107,7 @@ class Parts:
         total = sum(float(m.fields["weight"]) for m in parts.values())
         mean = np.zeros(ctx.layout.size, dtype=np.float32)
         for message in parts.values():
-            message.blocks[0].add_to(mean, float(message.fields["weight"]) / total)
+            message.blocks[0].add_to(mean, float(message.fields["weight"]) / (total or 1.0))
         self._known = {key: m for key, m in self._known.items() if key[0] == "gone" or key[1] >= number}
         return mean
 
@@ -150,14 +150,15 @@ class Outer:
         self.momentum = momentum
         self.velocity: Flat | None = None
 
-    def step(self, mean: Flat) -> Flat:
-        """How the anchor moves. Takes ``mean`` over."""
+    def step(self, mean: Flat, start: int, size: int) -> Flat:
+        """How the anchor moves at ``start``, given the ``mean`` there (taken over); ``size``: entries of the model."""
         if self.momentum:
             if self.velocity is None:
-                self.velocity = np.zeros_like(mean)
-            self.velocity *= np.float32(self.momentum)
-            self.velocity += mean
-            add_scaled(mean, self.velocity, self.momentum)
+                self.velocity = np.zeros(size, dtype=np.float32)
+            velocity = self.velocity[start : start + mean.size]
+            velocity *= np.float32(self.momentum)
+            velocity += mean
+            add_scaled(mean, velocity, self.momentum)
         if self.learning_rate != 1.0:
             mean *= np.float32(self.learning_rate)
         return mean
@@ -191,12 +192,21 @@ class Rounds(Exchange):
         self._given: Flat | None = None
         """What our part of the open round takes out of the replica when it closes; None: not given yet."""
         self._parts = Parts()
+        self._draining = False
 
     # -- what a strategy decides ---------------------------------------------------------------------------------
 
-    def part(self, moved: Flat, ctx: Context) -> Block:
-        """What to say of ``moved``, the sum of the local steps not yet given."""
-        return dense(moved)
+    def part(self, moved: Flat, start: int, ctx: Context) -> Block:
+        """What to say of ``moved``: local steps not yet given, in the round's fragment, which begins at ``start``."""
+        return dense(moved, start=start)
+
+    def fragment(self, ctx: Context) -> slice:
+        """The entries that the open round is about: here the whole model."""
+        return slice(0, ctx.layout.size)
+
+    def merge(self, step: Flat, given: Flat, moved: Flat) -> Flat:
+        """How the replica moves in the fragment when the anchor does; ``moved`` since we gave our part, may change."""
+        return step - given
 
     def weight(self, ctx: Context) -> float:
         """How much our part counts in the mean."""
@@ -238,9 +248,10 @@ class Rounds(Exchange):
 
     def drain(self, ctx: Context) -> Iterable[Action]:
         """Give what was moved, exactly; and give nothing where others still need a part to close their round."""
+        self._draining = True
         yield from self._parts.outbox.flush(ctx)
         if self._given is None and (self._steps or self._moved.any() or self._parts.of(self.round)):
-            yield from self._give(ctx, exact(self._moved))
+            yield from self._give(ctx)
 
     def owes(self, ctx: Context) -> bool:
         waits = self._given is not None and len(ctx.members) > 1
@@ -253,17 +264,19 @@ class Rounds(Exchange):
             return ctx.now >= (self.round + 1) * self.round_s
         return self._steps >= self.local_steps
 
-    def _give(self, ctx: Context, part: Block | None = None) -> Iterator[Action]:
+    def _give(self, ctx: Context) -> Iterator[Action]:
         """Say our part of the open round to everybody."""
-        part = part or self.part(self._moved, ctx)
-        said = np.zeros_like(self._moved)
-        part.add_to(said)
-        weight = self.weight(ctx)
+        fragment = self.fragment(ctx)
+        moved = self._moved[fragment]
+        part = self.part(moved, fragment.start, ctx) if not self._draining else exact(moved, start=fragment.start)
+        given = moved.copy()
         if self.keep_error:
-            self._given = said
-            self._moved -= said
-        else:
-            self._given, self._moved = self._moved, np.zeros_like(said)
+            said = np.zeros_like(self._moved)
+            part.add_to(said)
+            given = said[fragment]
+        moved -= given
+        self._given = given
+        weight = self.weight(ctx)
         coverage = (Span(ctx.me, self._unspoken[0], self._unspoken[-1]),) if self._unspoken else ()
         self._unspoken, self._steps, self._samples = [], 0, 0
         fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
@@ -275,11 +288,16 @@ class Rounds(Exchange):
         """When all parts are here: move the anchor, and the replica with it."""
         if self._given is None or not self._parts.complete(self.round, ctx):
             return
-        step = self.outer.step(self._parts.close(self.round, ctx))
-        self._anchor = self._anchor + step
+        fragment = self.fragment(ctx)
+        mean = self._parts.close(self.round, ctx)[fragment]
+        step = self.outer.step(mean, fragment.start, ctx.layout.size)
+        self._anchor[fragment] += step
         given, self._given = self._given, None
+        merge = Rounds.merge if self._draining else type(self).merge
+        change = np.zeros_like(self._anchor)
+        change[fragment] = merge(self, step, given, self._moved[fragment])
         self.round += 1
-        yield Add(step - given)
+        yield Add(change)
         if self._due(ctx) and self._steps:
             yield from self._give(ctx)
 
