@@ -74,8 +74,8 @@ class _Plan(msgspec.Struct):
     topology: _Topology
 
 
-def save_plan(plan: Plan, directory: Path) -> Path:
-    """Write ``plan`` to ``directory``/plan.json; appears only when complete. Raises OSError when it cannot."""
+def encode_plan(plan: Plan) -> bytes:
+    """``plan`` as JSON."""
     file = _Plan(
         format=FORMAT,
         run=plan.run,
@@ -84,9 +84,26 @@ def save_plan(plan: Plan, directory: Path) -> Path:
         topology_name=plan.topology.name,
         topology=_packed(plan.topology),
     )
+    return msgspec.json.encode(file)
+
+
+def decode_plan(data: bytes, source: str = "plan") -> Plan:
+    """What ``encode_plan`` made. Raises Fault when it is damaged."""
+    try:
+        file = msgspec.json.decode(data, type=_Plan)
+        if file.format > FORMAT:
+            raise Fault(BAD_DATA, f"{source}: format {file.format}, this version reads up to {FORMAT}")
+        job = msgspec.convert(file.job, Job)
+        return Plan(job, _unpacked(file.topology_name, file.topology), file.run, file.shares)
+    except (msgspec.MsgspecError, ValueError, IndexError) as error:
+        raise Fault(BAD_DATA, "a damaged plan", source, str(error)) from error
+
+
+def save_plan(plan: Plan, directory: Path) -> Path:
+    """Write ``plan`` to ``directory``/plan.json; appears only when complete. Raises OSError when it cannot."""
     directory.mkdir(parents=True, exist_ok=True)
     path, temporary = directory / NAME, directory / f".{NAME}.tmp"
-    temporary.write_bytes(msgspec.json.format(msgspec.json.encode(file), indent=1))
+    temporary.write_bytes(msgspec.json.format(encode_plan(plan), indent=1))
     temporary.replace(path)
     return path
 
@@ -95,18 +112,11 @@ def load_plan(directory: Path) -> Plan:
     """What ``save_plan`` wrote. Raises Fault when it is not there or is damaged."""
     path = directory / NAME
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_Plan)
-        if file.format > FORMAT:
-            raise Fault(BAD_DATA, f"{path}: format {file.format}, this version reads up to {FORMAT}")
-        job = msgspec.convert(file.job, Job)
-        return Plan(job, _unpacked(file.topology_name, file.topology), file.run, file.shares)
+        return decode_plan(path.read_bytes(), str(path))
     except FileNotFoundError:
         advice = "name a directory that dlion up or dlion simulate --out has written"
-        raise Fault(
-            CANNOT_READ, "the run directory does not say what was run", str(path), "no such file", advice
-        ) from (None)
-    except (msgspec.MsgspecError, ValueError, IndexError) as error:
-        raise Fault(BAD_DATA, "a damaged plan", str(path), str(error)) from error
+        what = "the run directory does not say what was run"
+        raise Fault(CANNOT_READ, what, str(path), "no such file", advice) from None
 
 
 def _packed(topology: Topology) -> _Topology:
