@@ -78,6 +78,10 @@ class Membership:
             if p in ctx.members and p in met
         }
 
+    def heard_of(self, peer: PeerId, incarnation: int) -> bool:
+        """News of this very incarnation has come, directly or through others."""
+        return bool(incarnation) and self.roster.records[peer].incarnation == incarnation
+
     @property
     def rates(self) -> dict[str, float]:
         """Samples per second of the living."""

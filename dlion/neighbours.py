@@ -88,6 +88,8 @@ class Neighbours:
         self._met: dict[PeerId, Neighbour] = {}
         self.open_to_new = True
         """False once training runs: a peer that was not there at the start would bring other weights."""
+        self.heard_of: Callable[[PeerId, int], bool] = lambda peer, incarnation: False
+        """Do we know this incarnation from others? Then it is no newcomer, but a bridge that moved."""
         self._listener = listener
         self._dialer = dialer
         self._limits = limits
@@ -183,7 +185,8 @@ class Neighbours:
         if self._quarantined.get(peer, 0.0) > asyncio.get_running_loop().time():
             return f"{peer} is quarantined by {me.peer} for repeated inadmissible messages"
         neighbour = self._met.get(peer)
-        if not self.open_to_new and (neighbour is None or hello.incarnation > neighbour.incarnation):
+        newcomer = neighbour is None or hello.incarnation > neighbour.incarnation
+        if newcomer and not self.open_to_new and not self.heard_of(peer, hello.incarnation):
             return f"{me.peer} is training already: late join and rejoin are not possible in this version"
         if neighbour is not None and hello.incarnation < neighbour.incarnation:
             return f"{peer} was replaced: incarnation {hello.incarnation} is older than {neighbour.incarnation}"

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -114,7 +115,7 @@ async def hosted(
     peer: PeerId,
     doors: Doors,
     out: Path,
-    addresses: Callable[[str], Awaitable[Mapping[str, str]]] | Mapping[str, str],
+    addresses: Callable[[str], Awaitable[Mapping[str, str]]] | Mapping[Any, str],
 ) -> AsyncIterator[Hosted]:
     """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
 

@@ -58,7 +58,7 @@ def progress_line(statuses: Sequence[PeerStatus]) -> str:
         "loss": f"{sum(losses) / len(losses):.4f}" if losses else "-",
         "samples/s": f"{sum(s['samples_per_s'] for s in active):.0f}",
         "sent": size(sum(link["sent_bytes"] for s in statuses for link in s["links"].values())),
-        "peers": f"{len(active)}/{total}",
+        "peers": f"{max((s['members']['live'] for s in active), default=0)}/{total}",
         "stale_max": str(max((s["staleness_max"] for s in statuses), default=0)),
         "stall": f"{100 * sum(s['stall_share'] for s in statuses) / max(len(statuses), 1):.1f}%",
     }
