@@ -5,6 +5,7 @@ Law: the one place where files' values become objects of all rooms. Knows every 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from dlion.learn import schedules, workloads
 from dlion.learn.batching import Batcher, Fixed, GlobalBatch, Weighted
 from dlion.learn.optimizers import AdamW, Optimizer, Plain, Sgd
 from dlion.learn.trainer import Trainer, peer_seed
-from dlion.learn.workload import Workload, WorkloadSpec
+from dlion.learn.workload import Choosing, Workload, WorkloadSpec
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.neighbours import DialSettings, Identity
@@ -93,9 +94,18 @@ def workload_of(plan: Plan, peer: PeerId) -> Workload:
         train_limit=job.data.train_limit or None,
     )
     try:
-        return workloads.build(spec, peers.index(peer), peers, plan.shares or (1.0,) * len(peers))
+        workload = workloads.build(spec, peers.index(peer), peers, plan.shares or (1.0,) * len(peers))
     except ValueError as error:
         raise ConfigError(job.job.name, "job.workload", str(error)) from error
+    _one_thread(workload)
+    return workload
+
+
+def _one_thread(workload: Workload) -> None:
+    """Peers are the parallelism, and one thread makes torch's sums the same every time."""
+    module, torch = sys.modules.get("dlion.learn.workloads.torch_module"), sys.modules.get("torch")
+    if module is not None and torch is not None and isinstance(workload, module.TorchWorkload):
+        torch.set_num_threads(1)
 
 
 def optimizer_of(job: Job, consumes: str) -> Optimizer:
@@ -133,6 +143,19 @@ def batcher_of(plan: Plan, peer: PeerId, train_size: int) -> Batcher:
         speed_share=b.speed_share,
     )
     return Weighted(peer, sizes)
+
+
+def learner_of(plan: Plan, peer: PeerId, workload: Workload, strategy: Exchange) -> Learner:
+    """What ``peer`` computes, by the job; raises ConfigError when the workload's own optimizer does not fit."""
+    job = plan.job
+    optimizer = optimizer_of(job, strategy.consumes)
+    if isinstance(workload, Choosing):
+        try:
+            optimizer = workload.optimizer(optimizer)
+        except ValueError as error:
+            raise ConfigError(job.job.name, "exchange.name", f'"{strategy.name}": {error}') from error
+    trainer = Trainer(workload, optimizer, schedule_of(job), peer_seed(job.job.seed, peer))
+    return Learner(trainer, batcher_of(plan, peer, workload.global_train_size))
 
 
 def node_settings(job: Job) -> NodeSettings:
@@ -187,14 +210,12 @@ def node_of(
     workload: Workload,
     incarnation: int = 1,
     settings: NodeSettings | None = None,
+    learner: Learner | None = None,
 ) -> Node:
-    """The node of ``peer``, with its header written."""
+    """The node of ``peer``, with its header written. ``learner``: in place of the job's, around ``workload``."""
     job = plan.job
     strategy = exchange_of(job)
-    trainer = Trainer(
-        workload, optimizer_of(job, strategy.consumes), schedule_of(job), peer_seed(job.job.seed, peer)
-    )
-    learner = Learner(trainer, batcher_of(plan, peer, workload.global_train_size))
+    learner = learner or learner_of(plan, peer, workload, strategy)
     identity = identity_of(plan, peer, workload, incarnation)
     write_header(plan, identity, workload, seams.log)
     pace = pace_of(job, strategy)

@@ -13,9 +13,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from dlion.learn.optimizers import Optimizer
 from dlion.tensors import Flat, Layout, Tensors
 
 Indices = npt.NDArray[np.int64]
+
+
+class Ended(Exception):  # noqa: N818 - not an error: there is nothing more to train on
+    """Raised by ``Workload.gradient``: the peer drains and leaves; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,14 @@ class Stateful(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A workload that has a say in the optimizer, as those of a framework with optimizers of its own do."""
+
+    def optimizer(self, own: Optimizer) -> Optimizer:
+        """What to give the trainer instead of the job's ``own``; raises ValueError for what cannot work."""
 
 
 @dataclass(frozen=True)
