@@ -63,12 +63,17 @@ def page(
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
     first = tiles(runs[0], summaries[0]) if len(runs) == 1 else comparison(runs, summaries, hues)
     body = "".join(f"<section><h2>{escape(s.title)}</h2><p>{escape(s.text)}</p>{s.svg}</section>" for s in sections)
+    return document(title, style, f"{void(runs, summaries)}{facts(runs)}{first}{body}{footer()}")
+
+
+def document(title: str, style: str, body: str) -> str:
+    """A whole page around ``body``; ``style``: CSS."""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)} · dlion</title><style>{style}</style></head><body><main>"
-        f"<h1>{escape(title)}</h1>{void(runs, summaries)}{facts(runs)}{first}{body}{footer()}</main></body></html>\n"
+        f"<h1>{escape(title)}</h1>{body}</main></body></html>\n"
     )
 
 
