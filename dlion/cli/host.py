@@ -25,11 +25,10 @@ from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
 from dlion.messages import PeerId
-from dlion.net.link import Link
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
 from dlion.net.stream import StreamLink
 from dlion.net.upgrade import UpgradeDialer, peer_application, serve
-from dlion.node import Node, Seams
+from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.admin import admin_application
 from dlion.observe.evaluate import SnapshotStore
 from dlion.observe.runlog import Event, File, RunLog, next_log_path, write_host
@@ -101,12 +100,46 @@ class Snapshots:
 
 
 @dataclass(frozen=True)
+class Assembled:
+    """A node with its files, not yet running, and the door for its incoming links."""
+
+    node: Node
+    accept: Callable[[StreamLink], None]
+    status: StatusReader
+
+
+def assemble(
+    plan: Plan, peer: PeerId, doors: Doors, out: Path, addresses: Mapping[Any, str], workload: Workload
+) -> Assembled:
+    """``peer``'s node over real links, its log and snapshots in ``out``. Call it on the running loop."""
+    log_path = _open_directory(out, peer)
+    routes = routes_of(plan, peer, asyncio.get_running_loop().time()) if doors.emulate else {}
+    dialer = ShapedDialer(UpgradeDialer(addresses, timeout_s=plan.job.node.hello_timeout_s, name=peer), routes)
+    log = RunLog(File(log_path))
+    compute = Threads(paced=doors.emulate)
+    seams = Seams(dialer, compute, plan.job.job.seed, log, Snapshots(out, peer, workload))
+    node = node_of(plan, peer, seams, workload=workload, incarnation=time.time_ns() // 1_000_000)
+
+    def accept(link: StreamLink) -> None:
+        """Slowed down like a link that we dialled; the name is what the other end says it is."""
+        route = routes.get(link.name)
+        node.accept(link if route is None else route.shape(link))
+
+    return Assembled(node, accept, StatusReader(node))
+
+
+def workload_for(plan: Plan, peer: PeerId, doors: Doors) -> Workload:
+    """The peer's workload, cut down to the share of its data that it may use."""
+    workload = workload_of(plan, peer)
+    return Part(workload, doors.data_share) if doors.data_share < 1.0 else workload
+
+
+@dataclass(frozen=True)
 class Hosted:
     node: Node
     status: StatusReader
     listen: str
     admin: str
-    log: Path
 
 
 @asynccontextmanager
@@ -128,26 +161,16 @@ async def hosted(
             why="links are neither encrypted nor authenticated in this version",
             advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",
         )
-    workload = await asyncio.to_thread(workload_of, plan, peer)
-    if doors.data_share < 1.0:
-        workload = Part(workload, doors.data_share)
-    log_path = _open_directory(out, peer)
-    loop, door = asyncio.get_running_loop(), _Door()
+    workload = await asyncio.to_thread(workload_for, plan, peer, doors)
+    door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)
     try:
         here = f"{doors.listen[0]}:{site.port}"
         known = addresses if isinstance(addresses, Mapping) else await addresses(here)
-        routes = routes_of(plan, peer, loop.time()) if doors.emulate else {}
-        timeout_s = plan.job.node.hello_timeout_s
-        dialer = ShapedDialer(UpgradeDialer(known, timeout_s=timeout_s, name=peer), routes)
-        compute = Threads(paced=doors.emulate)
-        log = RunLog(File(log_path))
-        seams = Seams(dialer, compute, plan.job.job.seed, log, Snapshots(out, peer, workload))
-        node = node_of(plan, peer, seams, workload=workload, incarnation=time.time_ns() // 1_000_000)
-        status = StatusReader(node)
-        async with _admin(doors, status) as admin, node:
-            door.open(lambda link: node.accept(_shaped(link, routes)))
-            yield Hosted(node, status, here, admin, log_path)
+        made = assemble(plan, peer, doors, out, known, workload)
+        async with _admin(doors, made.status) as admin, made.node:
+            door.open(made.accept)
+            yield Hosted(made.node, made.status, here, admin)
     finally:
         await site.close()
 
@@ -166,12 +189,6 @@ class _Door:
         self._accept = accept
         for link in self._waiting:
             accept(link)
-
-
-def _shaped(link: StreamLink, routes: Mapping[str, Route]) -> Link:
-    """An accepted link, slowed down like one that we dialled; the name is what the other end says it is."""
-    route = routes.get(link.name)
-    return link if route is None else route.shape(link)
 
 
 def _open_directory(out: Path, peer: PeerId) -> Path:
