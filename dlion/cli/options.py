@@ -26,7 +26,13 @@ RUN_OPTIONS = (
     click.option("--start", help="Begin this far into the topology's traces.", metavar="DURATION"),
     click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance."),
     click.option("--data", type=click.Path(file_okay=False), help="Where the job's data files are."),
-    click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any key of the job: train.batch=32."),
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A key of the job, train.batch=32; or of the network, link.a-b.bandwidth=x2.",
+    ),
     click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where logs, report and models go."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else."),
 )
@@ -52,12 +58,20 @@ FLAGS = {
 def flags_of(options: Mapping[str, Any]) -> dict[str, object]:
     """What the options overrule in the job file."""
     from dlion.config.job import set_flag
+    from dlion.mesh.changes import is_change
 
-    flags: dict[str, object] = dict(map(set_flag, options["sets"]))
+    flags: dict[str, object] = dict(set_flag(text) for text in options["sets"] if not is_change(text))
     for option, key in FLAGS.items():
         if options.get(option) is not None:
             flags[key] = options[option]
     return flags
+
+
+def changes_of(options: Mapping[str, Any]) -> dict[str, float]:
+    """What ``--set`` changes in the network: key -> factor."""
+    from dlion.mesh.changes import factor_of, is_change
+
+    return dict(factor_of(text) for text in options["sets"] if is_change(text))
 
 
 def duration(text: str) -> float:
@@ -74,8 +88,9 @@ def plan_of(options: Mapping[str, Any]) -> Plan:
     """The run that the options describe; raises ConfigError."""
     from dlion.cli.build import Plan, check
     from dlion.config import load_job, load_topology
-    from dlion.mesh.changes import started
+    from dlion.mesh.changes import changed, started
 
     job = load_job(options["job"], flags_of(options))
-    topology = started(load_topology(options["topology"], talk=options["talk"]), duration(options.get("start") or "0"))
+    topology = load_topology(options["topology"], talk=options["talk"])
+    topology = changed(started(topology, duration(options.get("start") or "0")), changes_of(options))
     return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))

@@ -63,6 +63,17 @@ def is_change(key: str) -> bool:
     return key.partition(".")[0] in ("link", "egress", "ingress", "resource", "peer")
 
 
+def factor_of(text: str) -> tuple[str, float]:
+    """``link.a-b.bandwidth=x0.5`` as (key, factor); raises ChangeError."""
+    key, _, value = text.partition("=")
+    try:
+        if not value.strip().startswith("x"):
+            raise ValueError
+        return key.strip(), float(value.strip()[1:])
+    except ValueError:
+        raise ChangeError(f"{text}: found {value!r}, expected a factor like x2 or x0.5") from None
+
+
 def _one(topology: Topology, key: str, factor: float) -> Topology:
     kind, _, rest = key.partition(".")
     name, _, what = rest.rpartition(".")
