@@ -42,7 +42,7 @@ class PeerFile(Table, frozen=True):
     """Slow links and steps down to what the topology says; false = the network and the machine as they are."""
     insecure_plaintext: bool = False
     peers: dict[str, str] = msgspec.field(default_factory=dict)
-    """Addresses of neighbours, in place of the topology's; "" = that one dials us."""
+    """Addresses of neighbours (host:port, or host:port/mount), in place of the topology's; "" = that one dials us."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _read(reader: Reader, path: Path) -> PeerFile:
         raise reader.error("data_share", "found 0", "above 0, at most 1")
     for name, address in peer.peers.items():
         if address:
-            checked_address(address, reader, f"peers.{name}")
+            checked_address(address.partition("/")[0], reader, f"peers.{name}")
     return peer
 
 

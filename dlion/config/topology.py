@@ -134,7 +134,7 @@ class _Builder:
             resources=self.resources,
             talk=talk,
             addresses={
-                PeerId(p): checked_address(a, self.reader, f"addresses.{p}")
+                PeerId(p): checked_address(a.partition("/")[0], self.reader, f"addresses.{p}") and a
                 for p, a in sorted(self.file.addresses.items())
             },
             about=self.file.about,

@@ -173,7 +173,7 @@ async def serve(
 
 
 class UpgradeDialer:
-    """Dials ``addresses[peer]``, each "host:port"; ``path`` is where the peer's application is mounted, plus /link.
+    """Dials ``addresses[peer]``, each "host:port", or "host:port/mount" where the peer's application is mounted there.
 
     ``name`` is sent along, unproven. ``timeout_s`` covers name look-up, TCP, TLS and the answer.
     """
@@ -198,10 +198,12 @@ class UpgradeDialer:
         address = self._addresses.get(peer)
         if address is None:
             raise LinkError(f"{peer}: no address is known")
-        host, _, port = address.rpartition(":")
+        place, _, mount = address.partition("/")
+        host, _, port = place.rpartition(":")
         if not host or not port.isdecimal():
             raise LinkError(f"{peer}: {address!r} is not host:port")
-        lines = [f"GET {self._path} HTTP/1.1", f"Host: {address}", "Connection: Upgrade", f"Upgrade: {PROTOCOL}"]
+        path = f"/{mount.strip('/')}{self._path}" if mount else self._path
+        lines = [f"GET {path} HTTP/1.1", f"Host: {place}", "Connection: Upgrade", f"Upgrade: {PROTOCOL}"]
         if self._name:
             lines.append(f"{NAME_HEADER}: {self._name}")
         request = "\r\n".join([*lines, "", ""]).encode("ascii")
