@@ -42,11 +42,21 @@ class ModelledCompute:
         end = max(now, self._free_at[lane]) + cost_s(result)
         self._free_at[lane] = end
         if end > now:
-            await asyncio.sleep(end - now)
+            done = loop.create_future()
+            timer = loop.call_at(end, _wake, done)
+            try:
+                await done
+            finally:
+                timer.cancel()
         return result
 
     def close(self) -> None:
         pass
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class MemoryNetwork:

@@ -50,8 +50,8 @@ class Connection:
 
     ``on_message(stream, seq, body)`` is called for every message once, in order per stream. ``on_writable()`` is called
     when the window opens again after having been full. ``on_lost(reason)`` is called once for each attached link that
-    breaks; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop, are never called
-    from inside ``send``, ``attach`` or ``close``, and must not raise: what a message means is judged elsewhere.
+    breaks or is given up; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop, are never
+    called from inside ``send``, ``attach`` or ``close``, and must not raise: what a message means is judged elsewhere.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class Connection:
         self._beat_timer: asyncio.TimerHandle | None = None
         self._full = False
         self._full_since = self._full_s = 0.0
+        self.moved = True
+        """Rate, distance or room may have changed since the owner last set this to False."""
         self.last_heard = self._loop.time()
         """When bytes last came, loop time in seconds."""
         self._last_written = self.last_heard
@@ -85,6 +87,7 @@ class Connection:
         """Go on over this link, where the peer's cursors say; an older link is dropped. Raises ProtocolError."""
         now = self._loop.time()
         self.session.resume(peer_cursors, now)
+        self.moved = True
         old = self._detach()
         if old is not None:
             old.abort()
@@ -105,12 +108,20 @@ class Connection:
             link.write(self.session.bye(code))
             link.close()
 
+    def abort(self, reason: str) -> None:
+        """Give up a link that seems dead: ``on_lost(reason)`` is called, the session waits for another link."""
+        link = self._detach()
+        if link is not None:
+            link.abort()
+            self._on_lost(reason)
+
     def _detach(self) -> Link | None:
         """Let go of the link and of everything pending."""
         for handle in (self._pump_handle, self._ack_timer, self._beat_timer):
             if handle is not None:
                 handle.cancel()
         self._pump_handle = self._ack_timer = self._beat_timer = None
+        self.moved = True
         ear, self._ear = self._ear, None
         if ear is None:
             return None
@@ -145,6 +156,7 @@ class Connection:
 
         Without a link the message waits for the next one. Raises SessionFullError.
         """
+        self.moved = True
         seq = self.session.send(stream, body, self._loop.time())
         if self._pump_handle is None and self._ear is not None:
             self._pump_handle = self._loop.call_soon(self._pump)
@@ -213,6 +225,7 @@ class Connection:
     def _arrived(self, nbytes: int) -> None:
         session = self.session
         self.last_heard = now = self._loop.time()
+        self.moved = True
         fault = ""
         try:
             messages = session.buffer_updated(nbytes, now)

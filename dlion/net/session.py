@@ -204,12 +204,13 @@ class Session:
         buffers: list[Buffer] = []
         chunk_bytes = self.chunk_bytes
         room = chunk_bytes
-        for index, out in enumerate(self._out):
-            while out.waiting and room > 0:
-                nbytes = self._cut(index, out, chunk_bytes, now, buffers)
-                if not nbytes:
-                    break
-                room -= nbytes
+        if self.queued_bytes:
+            for index, out in enumerate(self._out):
+                while out.waiting and room > 0:
+                    nbytes = self._cut(index, out, chunk_bytes, now, buffers)
+                    if not nbytes:
+                        break
+                    room -= nbytes
         if room == chunk_bytes and not self.owes(now):
             return buffers
         self._signals(now, buffers)
