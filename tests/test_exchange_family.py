@@ -105,6 +105,112 @@ def test_a_stranger_is_found_by_dotted_name_and_nonsense_is_refused() -> None:
             find(wrong)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(find("diloco"), local_steps=3, bits=8),
+        partial(find("diloco"), round_s=1.0),
+        partial(find("sparseloco"), local_steps=2),
+        partial(find("streaming"), local_steps=4),
+        partial(find("local-sgd"), local_steps=2),
+        partial(find("noloco"), local_steps=2),
+        partial(find("fedavg"), local_steps=2, share=0.5),
+        partial(find("fedavg"), local_steps=3, deadline_s=0.4),
+        partial(find("hop"), backup=0, staleness=0),
+    ],
+)
+def test_short_rounds_conform(make: type[Full]) -> None:
+    check(make)
+
+
+def test_hop_without_backup_and_staleness_is_the_mean_of_the_neighbours_plus_the_own_step() -> None:
+    bench = Bench(partial(find("hop"), backup=0, staleness=0), 3)
+    weights = {p: bench.seats[PeerId(p)].weights.astype(np.float64) for p in "abc"}
+    bench.run(6, learn)
+    bench.deliver_all()
+    for step in range(6):
+        mean = sum(weights.values()) / 3
+        weights = {p: mean + learn(p, step, w.astype(np.float32)) for p, w in weights.items()}
+    for p, seat in bench.seats.items():
+        np.testing.assert_allclose(seat.weights, weights[p], atol=1e-5)
+
+
+def test_hop_weighs_newer_weights_more() -> None:
+    """With s = 1, x of this iteration counts 2, of the one before 1."""
+    bench = Bench(partial(find("hop"), backup=0, staleness=1), 2, layout=Layout(("w",), ((4,),)))
+    start = bench.seats[PeerId("a")].weights.copy()
+    bench.step("a", ones)
+    bench.step("a", ones)
+    np.testing.assert_allclose(bench.seats[PeerId("a")].weights - start, 2 / 3 * 1 + 1, rtol=1e-5)
+
+
+def test_choco_replicas_meet_and_public_copies_are_the_same_everywhere() -> None:
+    bench = Bench(partial(find("choco"), density=0.2, gossip=0.3), 3, layout=Layout(("w",), ((100,),)))
+    bench.run(3, lambda p, s, w: ord(p) * np.ones_like(w) / 100)
+    apart = max(np.ptp([seat.weights[i] for seat in bench.seats.values()]) for i in range(100))
+    for _ in range(60):
+        for peer in "abc":
+            bench.step(peer, lambda p, s, w: np.zeros_like(w))
+        bench.deliver_all()
+    together = max(np.ptp([seat.weights[i] for seat in bench.seats.values()]) for i in range(100))
+    assert together < 0.02 * apart
+    bench.deliver_all()
+    copies = {p: seat.exchange.state() for p, seat in bench.seats.items()}
+    for peer in bench.seats:
+        for other in bench.seats:
+            mine, theirs = copies[peer][f"public/{peer}"], copies[other][f"public/{peer}"]
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_noloco_pairs_move_to_the_same_place_without_momentum() -> None:
+    make = partial(find("noloco"), local_steps=1, momentum=0.0, outer_learning_rate=1.0, pull=1.0)
+    bench = Bench(make, 2, layout=Layout(("w",), ((4,),)))
+    start = bench.seats[PeerId("a")].weights.copy()
+    bench.step("a", ones)
+    assert not bench.may_step("a")
+    bench.step("b", lambda p, s, w: 3 * np.ones_like(w))
+    bench.deliver_all()
+    for seat in bench.seats.values():
+        np.testing.assert_allclose(seat.weights - start, 2.0, rtol=1e-5)
+
+
+def test_noloco_goes_on_alone_when_its_partner_dies() -> None:
+    bench = Bench(partial(find("noloco"), local_steps=1), 2)
+    bench.step("a", ones)
+    assert not bench.may_step("a")
+    bench.kill("b")
+    assert bench.may_step("a")
+
+
+def test_fedavg_averages_the_chosen_by_their_data_and_the_others_rest() -> None:
+    make = partial(find("fedavg"), local_steps=1, share=0.5)
+    bench = Bench(make, 4, batches={"a": 10, "b": 20, "c": 30, "d": 40}, layout=Layout(("w",), ((4,),)))
+    start = bench.seats[PeerId("a")].weights.copy()
+    chosen = [p for p in "abcd" if bench.may_step(p)]
+    assert len(chosen) == 2
+    for p in chosen:
+        bench.step(p, lambda p, s, w: float(ord(p)) * np.ones_like(w))
+    bench.deliver_all()
+    total = sum(bench.batches[PeerId(p)] for p in chosen)
+    expected = sum(bench.batches[PeerId(p)] * ord(p) for p in chosen) / total
+    for seat in bench.seats.values():
+        np.testing.assert_allclose(seat.weights - start, expected, rtol=1e-4)
+
+
+def test_fedavg_leaves_out_who_misses_the_deadline() -> None:
+    make = partial(find("fedavg"), local_steps=2, deadline_s=1.0)
+    bench = Bench(make, 2, layout=Layout(("w",), ((4,),)))
+    start = bench.seats[PeerId("a")].weights.copy()
+    for _ in range(2):
+        bench.step("a", ones)
+    bench.step("b", ones)
+    while bench.fire():
+        pass
+    bench.deliver_all()
+    for seat in bench.seats.values():
+        np.testing.assert_allclose(seat.view - start, 2.0, rtol=1e-5)
+
+
 ROUNDS = ["diloco", "local-sgd", "streaming", "sparseloco"]
 
 

@@ -17,10 +17,14 @@ EXCHANGES: Mapping[str, str] = {
     "ako": "dlion.exchange.ako:Ako",
     "tfako": "dlion.exchange.tfako:TFAko",
     "gaia": "dlion.exchange.gaia:Gaia",
+    "hop": "dlion.exchange.hop:Hop",
     "diloco": "dlion.exchange.diloco:DiLoCo",
     "local-sgd": "dlion.exchange.localsgd:LocalSGD",
     "streaming": "dlion.exchange.streaming:Streaming",
     "sparseloco": "dlion.exchange.sparseloco:SparseLoCo",
+    "fedavg": "dlion.exchange.fedavg:FedAvg",
+    "noloco": "dlion.exchange.noloco:NoLoCo",
+    "choco": "dlion.exchange.choco:Choco",
     "pride": "dlion.exchange.pride:Pride",
 }
 """Built-in strategies: name -> ``module:Class``."""

@@ -96,7 +96,11 @@ class Bench:
         self._sequence = dict.fromkeys(links, 0)
         self._losses = dict.fromkeys(specs, 1.0)
         start = np.random.default_rng([seed, 1]).standard_normal(self.layout.size).astype(np.float32)
-        self.seats = {p: self._seat(p, i, make(), start.copy(), pace) for i, p in enumerate(specs)}
+        self.seats: dict[PeerId, Seat] = {}
+        for i, p in enumerate(specs):
+            self.seats[p] = self._seat(p, i, make(), start.copy(), pace)
+        for seat in self.seats.values():
+            self._handle(seat, MembersChanged())
 
     def _seat(self, name: PeerId, index: int, exchange: Exchange, weights: Flat, pace: str | None) -> Seat:
         shown = weights.view()
@@ -182,7 +186,7 @@ class Bench:
         return True
 
     def run(self, steps: int, learn: Learn, *, stall: bool = False) -> None:
-        """All the living do local steps up to ``steps``, with deliveries between them in random order.
+        """All the living do at least ``steps`` local steps, with deliveries between them in random order.
 
         Raises Nonconforming when nobody can go on, unless a ``stall`` is expected.
         """
@@ -192,6 +196,8 @@ class Bench:
             busy = [pair for pair, queues in self.flying.items() if any(queues)]
             if not waiting:
                 return
+            if not able and not busy:  # those who are done may be waited for
+                able = [p for p in self.live if self.may_step(p)]
             pick = int(self.rng.integers(len(able) + len(busy))) if able or busy else -1
             if pick < 0:
                 if not self.fire():
@@ -214,6 +220,8 @@ class Bench:
                 self._handle(self.seats[p])
             if not any(any(queues) for queues in self.flying.values()) and not self.fire():
                 break
+        for p in self.live:
+            self._handle(self.seats[p], Barrier(None))
         owing = [p for p in self.live if self.seats[p].owes]
         demand(not owing, f"after the drain {', '.join(owing)} still owe something")
 
@@ -233,7 +241,7 @@ class Bench:
         """Bring a peer's context up to date, as the node does before each batch of events."""
         me = ctx.me
         ctx.now, ctx.batch, ctx.global_batch = self.now, self.batches[me], sum(self.batches[p] for p in self.live)
-        steps = {p: self.seats[p].step if hasattr(self, "seats") else 0 for p in self.live}
+        steps = {p: self.seats[p].step if p in self.seats else 0 for p in self.live}
         ctx.members = {
             p: Member(p, self.topology.cloud_of(p), steps[p], 640.0, self.batches[p], self._losses[p])
             for p in self.live
@@ -254,7 +262,7 @@ class Bench:
         demand(not outcome.refused, f"{seat.name} refuses a message: {outcome.refused}")
         seat.ready, seat.owes = outcome.ready, outcome.owes
         seat.timers.update({timer.key: timer.at for timer in outcome.timers})
-        for to, body, message in outcome.sends:
+        for to, body, message, _ in outcome.sends:
             for peer in to:
                 demand(peer in seat.ctx.links, f"{seat.name} says something to {peer}, which is no living neighbour")
                 self._sequence[seat.name, peer] += 1

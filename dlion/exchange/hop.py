@@ -1,0 +1,114 @@
+"""``hop``: every step the mean of the neighbours' weights, then the own step; slow neighbours are not waited for.
+
+Source: Luo, Lin, Zhuo & Qian, "Hop: Heterogeneity-aware Decentralized Training", ASPLOS 2019. x_{k+1} = mean of x_k
+over the neighbourhood + own step at x_k. Update queues tagged by iteration; backup workers: reduce when all but
+``backup`` neighbours are there; bounded staleness: weights of iteration u >= k - s count, with weight u - (k - s) + 1;
+tokens bound how far neighbours run apart (here the ``bounded`` pace).
+
+Differences from the paper. When a link has been full only the newest weights are said; a neighbour that misses x_k for
+that reason takes the next one that comes. No skipping of iterations. Coverage tells whose steps have come through to a
+peer, however far away, so that the pace sees everybody. Defaults backup 1, s 5 as in the paper's experiments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dlion.blocks import Block, dense
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
+from dlion.messages import Message, PeerId, Span
+
+
+class Hop(Exchange):
+    """``backup``: neighbours not waited for; ``staleness``: s, in iterations."""
+
+    name = "hop"
+    pace = "bounded"
+    paces = ("bounded", "free", "backup")
+    speaks: ClassVar[Speech] = {"weights": {}}
+
+    def __init__(self, *, backup: int = 1, staleness: int = 5) -> None:
+        if backup < 0 or staleness < 0:
+            raise ValueError(f"hop: backup and staleness must be 0 or more, got {backup} and {staleness}")
+        self.backup, self.staleness = backup, staleness
+        self._next = 0
+        """Iterations reduced: the replica is x of this number."""
+        self._stepped = False
+        self._queue: dict[PeerId, dict[int, Block]] = {}
+        """Weights heard of each neighbour, by iteration; those too old to count are dropped."""
+        self._last: dict[PeerId, int] = {}
+        self._unsaid: set[PeerId] = set()
+
+    def setup(self, ctx: Context) -> None:
+        self._mine = dense(ctx.weights)
+        self._start = self._mine
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        self._last[ctx.me] = update.step
+        self._stepped = True
+        yield Add(update.values, coverage=(Span(ctx.me, update.step, update.step),))
+        yield from self._reduce(ctx)
+
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        for peer, _, last in message.coverage:
+            self._last[peer] = max(last, self._last.get(peer, -1))
+        self._queue.setdefault(origin, {0: self._start})[message.epoch] = message.blocks[0]
+        return self._reduce(ctx)
+
+    def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        return self._say([link.peer] if link.peer in self._unsaid else [], ctx)
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        self._queue = {peer: queue for peer, queue in self._queue.items() if peer in ctx.links}
+        fresh = [peer for peer in ctx.links if peer not in self._queue and self._next]
+        self._unsaid = self._unsaid & set(ctx.links) | set(fresh)
+        yield from self._say(fresh, ctx)
+        yield from self._reduce(ctx)
+
+    def ready(self, step: int, ctx: Context) -> bool:
+        return not self._stepped
+
+    def _reduce(self, ctx: Context) -> Iterator[Action]:
+        """x_{k+1} = mean of x_k + own step, once enough neighbours' weights are here."""
+        if not self._stepped:
+            return
+        oldest = self._next - self.staleness
+        usable: list[tuple[int, Block]] = [(self._next, self._mine)]
+        for peer in ctx.links:
+            queue = self._queue.setdefault(peer, {0: self._start})
+            for iteration in [i for i in queue if i < oldest]:
+                del queue[iteration]
+            if queue:
+                best = max((i for i in queue if i <= self._next), default=min(queue))
+                usable.append((min(best, self._next), queue[best]))
+        if len(usable) - 1 < len(ctx.links) - self.backup:
+            return
+        weights = [iteration - oldest + 1 for iteration, _ in usable]
+        change = np.zeros(ctx.layout.size, dtype=np.float32)
+        for weight, (_, block) in zip(weights, usable, strict=True):
+            block.add_to(change, weight / sum(weights))
+        self._mine.add_to(change, -1.0)
+        self._stepped = False
+        self._next += 1
+        yield Add(change)
+        self._mine = dense(ctx.weights)
+        self._unsaid = set(ctx.links)
+        yield from self._say(list(ctx.links), ctx)
+
+    def _say(self, peers: list[PeerId], ctx: Context) -> Iterator[Action]:
+        """Our newest weights, to those whose links take them."""
+        to = tuple(p for p in peers if ctx.links[p].writable_bytes > 0)
+        if to:
+            self._unsaid -= set(to)
+            coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()))
+            yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=coverage))
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next, "stepped": self._stepped, "mine": self._mine.values.copy()}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        self._next, self._stepped = int(state["next"]), bool(state["stepped"])
+        self._mine = dense(np.array(state["mine"], dtype=np.float32))
