@@ -1,0 +1,240 @@
+"""``pride``: small messages without pause, each link owed what it misses, the others assumed to move as we do.
+
+Ours. What it takes from others: updates weighed by batch share, a byte budget per link, bridges (DLion); error feedback
+per link, so that sent + residual = all updates and replicas cannot drift apart (as in Deep Gradient Compression, Lin et
+al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it together:
+
+- *Staleness costs more than imprecision.* A link is told all that it is owed, in the finest numbers that leave within
+  ``period_s``, else the largest entries; and it is told something whenever it can take something. Nobody waits.
+- *Speculation.* What a neighbour does reaches us late. Until then we assume that it moves as we do, in proportion to
+  its speed, and take that back when its word of that time arrives. Own steps are kept for this, at most
+  ``trust_steps`` of them: who is silent for longer is no longer guessed.
+- *The consensus view*, the replica without what is only assumed, is what is evaluated, saved and served.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from dlion.blocks import Block, Encoding, block_bytes, compress, dense
+from dlion.exchange.base import Action, Add, Context, LinkView, Timer, Update
+from dlion.exchange.owed import Owed, Piece
+from dlion.exchange.spread import Account, Spread
+from dlion.messages import Message, PeerId, Span
+from dlion.tensors import Flat, add_scaled
+
+ENVELOPE_BYTES = 192
+"""What a message takes beyond its block, at most."""
+LANE_S_PER_ENTRY = 16e-9
+"""What a message costs the exchange lane per entry of the model: about four passes over it."""
+LANE_SHARE = 0.2
+"""Most of a core that the messages of all links together may take."""
+SAVINGS_S = 1.0
+"""How long a link may save up its allowance."""
+ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Encoding.I8, 4: Encoding.I4}
+
+
+@dataclass
+class Assumed:
+    """An own step, done at ``at``, that others were assumed to do too: ``factors`` by whom we shall hear of theirs."""
+
+    at: float
+    values: Flat
+    factors: dict[Account, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.factors.values())
+
+
+class Allowance:
+    """A hard limit of ``bytes_per_s`` on each link out of the micro-cloud: spent only after it was earned."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._paid_until: dict[PeerId, float] = {}
+        """Per neighbour: all before this time is spent."""
+
+    def limits(self, link: LinkView) -> bool:
+        return self.bytes_per_s > 0 and not link.lan
+
+    def left(self, peer: PeerId, now: float) -> int:
+        paid_until = max(self._paid_until.setdefault(peer, now), now - SAVINGS_S)
+        self._paid_until[peer] = paid_until
+        return int((now - paid_until) * self.bytes_per_s)
+
+    def spend(self, peer: PeerId, nbytes: int) -> None:
+        self._paid_until[peer] += nbytes / self.bytes_per_s
+
+
+class Pride(Spread):
+    """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
+    much of the others' moves to assume, 0 to 1; ``wan_bytes_per_s``: limit on each link out of the micro-cloud (0:
+    none)."""
+
+    name = "pride"
+    consensus = True
+    paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
+
+    def __init__(
+        self,
+        *,
+        period_s: float = 0.15,
+        bits: int = 4,
+        speculation: float = 1.0,
+        trust_steps: int = 8,
+        wan_bytes_per_s: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if period_s <= 0 or not 0 <= speculation <= 1 or trust_steps < 1 or wan_bytes_per_s < 0:
+            raise ValueError(
+                "pride: expected period_s > 0, speculation in [0, 1], trust_steps >= 1 and wan_bytes_per_s >= 0, "
+                f"got {period_s}, {speculation}, {trust_steps} and {wan_bytes_per_s}"
+            )
+        if bits not in ENCODINGS:
+            raise ValueError(f"pride: bits must be one of {tuple(ENCODINGS)}, got {bits}")
+        self.period_s = period_s
+        self.ladder = tuple(encoding for b, encoding in ENCODINGS.items() if b <= bits)
+        self.speculation = speculation
+        self.trust_steps = trust_steps
+        self.allowance = Allowance(wan_bytes_per_s)
+        self._assumed: deque[Assumed] = deque()
+        self._via: dict[PeerId, Account] = {}
+        """By whom we hear of each peer's steps."""
+        self._heard_at: dict[Account, float] = {}
+        self._draining = False
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        """Add the own step, and let the next one start: what there is to say of it is said at once, but after that."""
+        values = update.values
+        values *= np.float32(ctx.share)
+        coverage = (Span(ctx.me, update.step, update.step),)
+        self._last[ctx.me] = update.step
+        while len(self._assumed) >= self.trust_steps:
+            old = self._assumed.popleft()
+            yield Add(old.values, -old.total)
+        assumed = Assumed(ctx.now, values, self._factors(ctx))
+        if assumed.factors:
+            self._assumed.append(assumed)
+        yield Add(values, 1.0 + assumed.total, coverage)
+        piece = Piece(values, ctx.me, ctx.layout.size)
+        for peer in ctx.routes.onward(None, ctx.cloud):
+            if peer in ctx.links or peer in ctx.silent:
+                self._account(peer, ctx.cloud, ctx).add(piece, coverage)
+        yield Timer(ctx.now, "say")
+
+    def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
+        if not self._draining:
+            yield from self._tell(list(self.owed), ctx)
+            yield from self._later(ctx)
+
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        yield from super().on_message(origin, message, ctx)
+        link = ctx.links.get(message.hop)
+        if link is None or not message.coverage:
+            return
+        key = (message.hop, link.cloud == ctx.cloud != message.fields["cloud"])
+        self._heard_at[key] = ctx.now
+        for span in message.coverage:
+            self._via[span.origin] = key
+        travelled_s = link.rtt_s / 2
+        if link.rate_bps:
+            travelled_s += 8 * sum(block.nbytes_max for block in message.blocks) / link.rate_bps
+        yield from self._take_back(key, until_s=ctx.now - travelled_s)
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        self._via = {p: key for p, key in self._via.items() if p in ctx.members and key[0] in ctx.links}
+        for key in sorted({key for a in self._assumed for key in a.factors} - set(self._via.values())):
+            yield from self._take_back(key, until_s=ctx.now)
+        yield from super().on_members(ctx)
+
+    def view(self, weights: Flat) -> Flat:
+        if not self._assumed:
+            return weights
+        view = weights.copy()
+        for a in self._assumed:
+            add_scaled(view, a.values, -a.total)
+        return view
+
+    def drain(self, ctx: Context) -> Iterable[Action]:
+        """Nothing is assumed any more, and everything that is owed is said exactly, as fast as the allowance lets."""
+        self._draining = True
+        while self._assumed:
+            old = self._assumed.popleft()
+            yield Add(old.values, -old.total)
+        limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
+        yield from self._tell([a for a in self.owed if a[0] not in limited], ctx, everything=True)
+        yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
+        yield from self._later(ctx)
+
+    # -- what to say ---------------------------------------------------------------------------------------------
+
+    def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
+        """All that is owed when it fits in some encoding, else its largest entries. None: nothing new, or too poor."""
+        if not (owed.fresh or owed.partial or self._draining):
+            return None
+        budget = self.budget_bytes(link, ctx)
+        limited = self.allowance.limits(link)
+        if limited:
+            left = self.allowance.left(link.peer, ctx.now)
+            if left < self.period_s * self.allowance.bytes_per_s / 2:
+                return None
+            budget = min(budget, left)
+        block = self._choose(owed, budget - ENVELOPE_BYTES, ctx)
+        if block is not None and limited:
+            self.allowance.spend(link.peer, block.nbytes_max + ENVELOPE_BYTES)
+        return block
+
+    def _choose(self, owed: Owed, budget_bytes: int, ctx: Context) -> Block | None:
+        if self._draining:
+            block = compress(owed.flat, budget_bytes, encoding=Encoding.F32)
+            if block is None and not owed.flat.any():
+                owed.clear()
+            return block
+        only = owed.only.values if owed.only is not None else None
+        if isinstance(only, Block) and only.nbytes_max <= budget_bytes:
+            return owed.everything()
+        for encoding in self.ladder:
+            if block_bytes(encoding, ctx.layout.size) <= budget_bytes:
+                return dense(owed.flat, encoding)
+        return compress(owed.flat, budget_bytes)
+
+    def budget_bytes(self, link: LinkView, ctx: Context) -> int:
+        """What the link carries in a period (longer where the lane could not keep up), or its window if larger."""
+        period_s = max(self.period_s, len(ctx.links) * ctx.layout.size * LANE_S_PER_ENTRY / LANE_SHARE)
+        return max(int(link.rate_bps * period_s / 8), link.writable_bytes)
+
+    def _later(self, ctx: Context) -> Iterator[Timer]:
+        """Links that spare their allowance are looked at again a period later."""
+        owing = {peer for (peer, _), owed in self.owed.items() if owed}
+        if any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
+            yield Timer(ctx.now + self.period_s, "say")
+
+    # -- what to assume ------------------------------------------------------------------------------------------
+
+    def _factors(self, ctx: Context) -> dict[Account, float]:
+        """What the others are assumed to do while we do one step, in our steps, by whom we hear of it."""
+        mine, factors = ctx.members[ctx.me].samples_per_s, dict[Account, float]()
+        if not self.speculation or not mine:
+            return factors
+        for peer, key in sorted(self._via.items()):
+            silent_s = ctx.now - self._heard_at[key]
+            if peer in ctx.members and silent_s <= self.trust_steps * ctx.step_s:
+                part = self.speculation * ctx.members[peer].samples_per_s / mine
+                factors[key] = factors.get(key, 0.0) + part
+        return factors
+
+    def _take_back(self, key: Account, until_s: float) -> Iterator[Add]:
+        """What was assumed until then of those we hear of by ``key`` is no guess any more."""
+        for a in self._assumed:
+            if a.at <= until_s and (factor := a.factors.pop(key, 0.0)):
+                yield Add(a.values, -factor)
+        while self._assumed and not self._assumed[0].factors:
+            self._assumed.popleft()
