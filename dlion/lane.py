@@ -7,22 +7,24 @@ loop. Decoding, admission, hooks, selection, encoding and additions happen here;
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from dlion.blocks import Block
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
 from dlion.messages import Message, PeerId, Stream
-from dlion.observe.runlog import Apply, Event
+from dlion.observe.runlog import Apply, Event, Refuse
+from dlion.once import Once
 from dlion.tensors import Flat, add_scaled
 from dlion.wire.admit import Admit
 from dlion.wire.codec import Malformed, decode, encode
 from dlion.wire.limits import Limits
 
 
-class Diverged(ArithmeticError):
+class Diverged(ArithmeticError):  # noqa: N818 - what happened to the user
     """The peer's own update is not finite."""
 
 
@@ -55,14 +57,17 @@ class MembersChanged:
 
 @dataclass(frozen=True)
 class Barrier:
-    """All updates up to ``step`` are here: staged additions become visible."""
+    """All updates up to ``step`` (None: all that will ever come) are here: staged additions become visible."""
 
-    step: int
+    step: int | None
 
 
 @dataclass(frozen=True)
 class DrainNow:
-    """Training is over here: ask the strategy for what it still owes, from now on after every batch."""
+    """Training is over here: ask the strategy for what it still owes, from now on after every batch.
+
+    Staged additions stay staged, so that the last steps too are summed in the same order everywhere.
+    """
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,20 @@ class Look:
 Item = Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look
 
 
+class Spoken(NamedTuple):
+    """A message to send: to whom, its bytes, what it was, and how many bytes each link was allowed (() = not said)."""
+
+    to: tuple[PeerId, ...]
+    body: bytes
+    message: Message
+    budgets: tuple[int, ...]
+
+
 @dataclass
 class Outcome:
     """What a batch of items asks the loop to do, and what it found."""
 
-    sends: list[tuple[tuple[PeerId, ...], bytes, Message]] = field(default_factory=list)
+    sends: list[Spoken] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
     notices: list[Message] = field(default_factory=list)
     """Messages of the node's own kinds."""
@@ -93,9 +107,21 @@ class Outcome:
 
 
 class Replica:
-    """The weights and the strategy that changes them. ``run`` is called in the exchange lane only."""
+    """The weights and the strategy that changes them. ``run`` is called in the exchange lane only.
 
-    def __init__(self, exchange: Exchange, ctx: Context, weights: Flat, admit: Admit, limits: Limits) -> None:
+    ``peers``: whose updates may be heard (None: anybody's).
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        ctx: Context,
+        weights: Flat,
+        admit: Admit,
+        limits: Limits,
+        *,
+        peers: Collection[PeerId] | None = None,
+    ) -> None:
         self.exchange = exchange
         self.ctx = ctx
         self.applied: dict[PeerId, int] = {}
@@ -105,6 +131,8 @@ class Replica:
         self._mutex = threading.Lock()
         self._admit = admit
         self._limits = limits
+        self._peers = peers
+        self._once = Once()
         self._staged: list[tuple[Add, int]] | None = None
         self._draining = False
         exchange.setup(ctx)
@@ -151,8 +179,6 @@ class Replica:
                 self._commit(item.step, outcome)
             case DrainNow():
                 self._draining = True
-                self._commit(None, outcome)
-                self._staged = None
             case Look():
                 outcome.events.extend(item.observer(exchange.view(ctx.weights), ctx.weights))
 
@@ -165,15 +191,30 @@ class Replica:
         reason = self._admit.check(message)
         if reason is None and int(message.stream) != item.stream:
             reason = "said on another stream than it claims"
+        if reason is None and self._peers is not None:
+            reason = self._stranger(message, self._peers)
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
         if message.kind.startswith("~"):
             outcome.notices.append(message)
             return
+        if message.kind in self.exchange.additive and self._once.again(message):
+            who, first, last = message.coverage[0]
+            why = f"duplicate: {who}'s steps {first} to {last} came over another route"
+            outcome.events.append(Refuse(t=self.ctx.now, peer=item.hop, reason=why))
+            return
         for origin, _, last in message.coverage:
             self.applied[origin] = max(last, self.applied.get(origin, -1))
         self._perform(self.exchange.on_message(message.origin, message, self.ctx), outcome)
+
+    @staticmethod
+    def _stranger(message: Message, peers: Collection[PeerId]) -> str | None:
+        """Is it said in the name of anybody who is not in the topology?"""
+        for name in (message.origin, *(span.origin for span in message.coverage)):
+            if name not in peers:
+                return f"{message.kind}: {name[:64]!r} is not in the topology"
+        return None
 
     def _perform(self, actions: Iterable[Action], outcome: Outcome) -> None:
         for action in actions:
@@ -196,7 +237,7 @@ class Replica:
         for peer in action.to:
             if (link := self.ctx.links.get(peer)) is not None and message.stream is not Stream.CONTROL:
                 link.writable_bytes = max(0, link.writable_bytes - len(body))
-        outcome.sends.append((action.to, body, message))
+        outcome.sends.append(Spoken(action.to, body, message, action.budgets_bytes))
         outcome.scanned += sum(block.scanned for block in message.blocks)
 
     def _add(self, action: Add, mine: int, outcome: Outcome) -> None:
@@ -210,7 +251,7 @@ class Replica:
                 outcome.scanned += values.size
         if (message := action.message) is not None:
             entries = values.count if isinstance(values, Block) else values.size
-            self.staleness_max = max(self.staleness_max, mine - message.step)
+            self.staleness_max = max(self.staleness_max, mine - 1 - message.step)
             outcome.events.append(
                 Apply(
                     t=self.ctx.now,
@@ -228,15 +269,17 @@ class Replica:
         in the same order on every peer."""
         if self._staged is None:
             return
+        staged, self._staged = self._staged, []
 
         def order(entry: tuple[Add, int]) -> tuple[int, str]:
             spans = entry[0].coverage
             return (spans[0].last, spans[0].origin) if spans else (-1, "")
 
-        due = [e for e in self._staged if step is None or order(e)[0] <= step]
-        self._staged = [e for e in self._staged if step is not None and order(e)[0] > step]
-        for add, mine in sorted(due, key=order):
-            self._add(add, mine, outcome)
+        for add, mine in sorted(staged, key=order):
+            if step is None or order((add, mine))[0] <= step:
+                self._add(add, mine, outcome)
+            else:
+                self._staged.append((add, mine))
 
     def _check(self, update: Update) -> None:
         if not (np.isfinite(update.loss) and np.isfinite(np.dot(update.values, update.values))):

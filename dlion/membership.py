@@ -38,8 +38,9 @@ class Membership:
     def _replan(self) -> Plan:
         """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
         counted = {State.LIVE, State.FINISHED} if self.started else {State.LIVE, State.FINISHED, State.EXPECTED}
-        live = {p: self._power(p) for p, state in self.roster.states.items() if state in counted}
-        return plan(self.topology, live)
+        states = self.roster.states
+        live = {p: self._power(p) for p, state in states.items() if state in counted}
+        return plan(self.topology, live, silent=[p for p, state in states.items() if state is State.SILENT])
 
     def _power(self, peer: PeerId) -> float:
         """What the topology says, not what was measured: all peers must choose the same bridges."""
@@ -60,10 +61,10 @@ class Membership:
         near = self.plan.neighbours(neighbour)
         return [p for p in self.roster.records if p == self.me or (p not in near and p != neighbour)]
 
-    def show(self, ctx: Context, met: Collection[PeerId]) -> None:
-        """Bring ``ctx`` up to date. Called between two batches of the exchange lane."""
+    def show(self, ctx: Context, met: Collection[PeerId]) -> bool:
+        """Bring ``ctx`` up to date; True when its links are new. Called between two batches of the exchange lane."""
         if self._shown == self.roster.version:
-            return
+            return False
         self._shown = self.roster.version
         roster, topology = self.roster, self.topology
         live = roster.live
@@ -72,11 +73,15 @@ class Membership:
             p: Member(p, topology.cloud_of(p), (r := roster.records[p]).step, r.samples_per_s, r.batch, r.loss)
             for p in live
         }
-        ctx.links = {
-            p: ctx.links.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
-            for p in self.neighbours
-            if p in ctx.members and p in met
+        known = {**ctx.silent, **ctx.links}
+        links = {
+            p: known.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
+            for p in sorted({*known, *self.neighbours})
+            if p in met
         }
+        ctx.links = {p: link for p, link in links.items() if p in ctx.members and p in self.neighbours}
+        ctx.silent = {p: link for p, link in links.items() if roster.states[p] is State.SILENT}
+        return True
 
     def heard_of(self, peer: PeerId, incarnation: int) -> bool:
         """News of this very incarnation has come, directly or through others."""

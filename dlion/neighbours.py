@@ -45,6 +45,12 @@ class DialSettings:
     heartbeat_s: float = 1.0
 
 
+CONNECTED = "already connected"
+"""The refusal of the second of two simultaneous dials: no fault of anybody."""
+NAME_SHOWN = 64
+"""Characters of a stranger's words that are repeated."""
+
+
 class Listener(Protocol):
     """What the node wants to know. Called on the loop."""
 
@@ -55,7 +61,7 @@ class Listener(Protocol):
     def refused(self, peer: PeerId, reason: str) -> None: ...
 
 
-class Refused(LinkError):
+class Refused(LinkError):  # noqa: N818 - an answer, not a failure
     """The other side, or this one, will not talk; the text shows both values."""
 
 
@@ -71,7 +77,7 @@ class Neighbour:
 class Neighbours:
     """All sessions of one node. ``spawn`` starts a task in the node's task group."""
 
-    def __init__(  # noqa: PLR0913 - one object per seam
+    def __init__(
         self,
         identity: Identity,
         known: Iterable[PeerId],
@@ -175,44 +181,50 @@ class Neighbours:
         me, peer = self.identity, PeerId(hello.peer)
         if hello.protocol_max < PROTOCOL_MIN or hello.protocol_min > PROTOCOL_MAX:
             theirs, ours = f"{hello.protocol_min}-{hello.protocol_max}", f"{PROTOCOL_MIN}-{PROTOCOL_MAX}"
-            return f"protocol mismatch: {peer} speaks {theirs}, {me.peer} speaks {ours}"
+            return f"protocol mismatch: {peer[:NAME_SHOWN]} speaks {theirs}, {me.peer} speaks {ours}"
         for what in ("run", "job", "model"):
             theirs, ours = getattr(hello, what), getattr(me, what)
             if theirs != ours:
-                return f"{what} mismatch: {peer} has {theirs!r}, {me.peer} has {ours!r}"
+                return f"{what} mismatch: {peer[:NAME_SHOWN]} has {theirs[:NAME_SHOWN]!r}, {me.peer} has {ours!r}"
         if peer not in self.known or peer == me.peer:
-            return f"unknown peer {peer!r}: {me.peer}'s topology does not name it"
+            return f"unknown peer {peer[:NAME_SHOWN]!r}: {me.peer}'s topology does not name it as another"
         if self._quarantined.get(peer, 0.0) > asyncio.get_running_loop().time():
             return f"{peer} is quarantined by {me.peer} for repeated inadmissible messages"
+        return self._objection_to_life(peer, hello.incarnation)
+
+    def _objection_to_life(self, peer: PeerId, incarnation: int) -> str:
+        """Peers that were not there at the start, or have been replaced since, are refused."""
         neighbour = self._met.get(peer)
-        newcomer = neighbour is None or hello.incarnation > neighbour.incarnation
-        if newcomer and not self.open_to_new and not self.heard_of(peer, hello.incarnation):
-            return f"{me.peer} is training already: late join and rejoin are not possible in this version"
-        if neighbour is not None and hello.incarnation < neighbour.incarnation:
-            return f"{peer} was replaced: incarnation {hello.incarnation} is older than {neighbour.incarnation}"
+        newcomer = neighbour is None or incarnation > neighbour.incarnation
+        if newcomer and not self.open_to_new and not self.heard_of(peer, incarnation):
+            return f"{self.identity.peer} is training already: late join and rejoin are not possible in this version"
+        if neighbour is not None and incarnation < neighbour.incarnation:
+            return f"{peer} was replaced: incarnation {incarnation} is older than {neighbour.incarnation}"
         return ""
 
     async def _welcome(self, link: Link) -> None:
-        greeting = Greeting(link)
+        """Greet who has dialled us. What it does wrong ends its link, nothing else."""
+        peer = PeerId("?")
         try:
+            greeting = Greeting(link)
             hello = decode_hello(await greeting.hear(self._settings.hello_timeout_s))
-        except (LinkError, Malformed) as error:
-            self._listener.refused(PeerId("?"), f"incoming link: {error}")
+            peer = PeerId(hello.peer)
+            objection = self._objection(hello)
+            if objection or self._keeps_existing(peer, hello.incarnation):
+                if objection:
+                    self._listener.refused(peer, objection)
+                greeting.say(self._hello(peer, objection or CONNECTED))
+                link.close()
+                return
+            self._resume(peer, hello, dialled_by=peer)
+            greeting.say(self._hello(peer))
+            self._adopt(peer, hello, greeting)
+        except (LinkError, Malformed, ProtocolError) as error:
+            self._listener.refused(peer, f"incoming link: {error}")
             link.abort()
-            return
-        peer = PeerId(hello.peer)
-        objection = self._objection(hello)
-        if not objection and self._keeps_existing(peer, hello.incarnation):
-            objection = "already connected"
-        if objection:
-            if objection != "already connected":
-                self._listener.refused(peer, objection)
-            greeting.say(self._hello(peer, objection))
-            link.close()
-            return
-        self._resume(peer, hello, dialled_by=peer)
-        greeting.say(self._hello(peer))
-        self._adopt(peer, hello, greeting)
+        except BaseException:
+            link.abort()
+            raise
 
     def _keeps_existing(self, peer: PeerId, incarnation: int) -> bool:
         """Two simultaneous dials: the one started by the lower PeerId survives."""
@@ -227,22 +239,22 @@ class Neighbours:
     async def _dial(self, peer: PeerId) -> None:
         async with asyncio.timeout(self._settings.hello_timeout_s):
             link = await self._dialer.dial(peer)
-        greeting = Greeting(link)
         try:
+            greeting = Greeting(link)
             greeting.say(self._hello(peer))
             hello = decode_hello(await greeting.hear(self._settings.hello_timeout_s))
-            if hello.refusal == "already connected":
+            if hello.refusal == CONNECTED:
                 raise LinkError(hello.refusal)
             objection = hello.refusal or self._objection(hello)
             if objection:
                 raise Refused(objection)
             if hello.peer != peer:
-                raise Refused(f"dialled {peer}, but {hello.peer} answered")
+                raise Refused(f"dialled {peer}, but {hello.peer[:NAME_SHOWN]!r} answered")
+            self._resume(peer, hello, dialled_by=self.identity.peer)
+            self._adopt(peer, hello, greeting)
         except BaseException:
             link.abort()
             raise
-        self._resume(peer, hello, dialled_by=self.identity.peer)
-        self._adopt(peer, hello, greeting)
 
     def _resume(self, peer: PeerId, hello: Hello, dialled_by: PeerId) -> None:
         """The session that ``hello`` speaks of: the one we have, or a new one for a new incarnation."""

@@ -26,6 +26,8 @@ class Send:
 
     to: tuple[PeerId, ...]
     message: Message
+    budgets_bytes: tuple[int, ...] = ()
+    """How many bytes each of ``to`` was allowed, for the run log; () = the strategy sets no budgets."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,9 @@ class Context:
     """Living peers by name, in sorted order, ourselves included."""
     links: dict[PeerId, LinkView] = field(default_factory=dict)
     """Living neighbours by name, in sorted order."""
+    silent: dict[PeerId, LinkView] = field(default_factory=dict)
+    """Neighbours that are dead or merely cut off: nothing can be said to them now, they may come back (as they were),
+    and who promises that nothing is lost keeps what they are owed."""
 
     @property
     def share(self) -> float:
@@ -161,6 +166,8 @@ class Exchange:
     """True: after a drain all replicas agree to rounding. May depend on the settings."""
     speaks: ClassVar[Speech] = {}
     """Message kinds this strategy understands, each with its fields and their types; others are refused unheard."""
+    additive: ClassVar[tuple[str, ...]] = ()
+    """Kinds whose blocks are added when heard: one that comes again over another route is dropped unheard."""
 
     def setup(self, ctx: Context) -> None:
         """Called once, before anything else: allocate state. ``ctx.weights`` holds the initial weights."""

@@ -71,6 +71,9 @@ class DLion(Spread):
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
         return self.budget.choose(owed, link, ctx)
 
+    def budget_bytes(self, link: LinkView, ctx: Context) -> int:
+        return self.budget.bytes(link, ctx)
+
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         yield from super().after_step(update, ctx)
         yield from self.transfer.ask(update.step, ctx)
@@ -126,7 +129,7 @@ class Budget:
         """Everything when it fits BW_ij / Iter_i bytes, else Max N; None when nothing new is owed."""
         if not owed.fresh:
             return None
-        budget_bytes = (int(link.rate_bps * ctx.step_s / 8) or link.writable_bytes) - ENVELOPE_BYTES
+        budget_bytes = self.bytes(link, ctx) - ENVELOPE_BYTES
         if owed.only is not None and owed.only.block.nbytes_max <= budget_bytes and self.n_fixed is None:
             return owed.everything()
         spectrum = owed.spectrum(ctx.layout)
@@ -134,6 +137,10 @@ class Budget:
             spectrum.array, ctx.layout, budget_bytes, n_min=self.n_min, n_fixed=self.n_fixed, spectrum=spectrum
         )
         return block or sparse(spectrum.array, np.empty(0, dtype=np.intp))
+
+    def bytes(self, link: LinkView, ctx: Context) -> int:
+        """BW_ij / Iter_i; before the first measurement what the link can take, and 0 where N is fixed."""
+        return 0 if self.n_fixed else int(link.rate_bps * ctx.step_s / 8) or link.writable_bytes
 
 
 class Transfer:

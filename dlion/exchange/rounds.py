@@ -74,7 +74,7 @@ class Parts:
 
     def setup(self, ctx: Context) -> None:
         self._living = set(ctx.members)
-        self._beside = set(ctx.routes.onward(None, ctx.cloud))
+        self._beside = set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
 
     def say(self, message: Message, ctx: Context) -> Iterator[Send]:
         """Tell everybody something of our own."""
@@ -117,7 +117,7 @@ class Parts:
         died = sorted(self._living - set(ctx.members))
         self._dead = (self._dead | set(died)) - set(ctx.members)
         self._known = {k: m for k, m in self._known.items() if k[0] == "part" or k[3] in self._dead}
-        before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud))
+        before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
         self._living = set(ctx.members)
         for message in list(self._known.values()):
             again = self._beside - before if message.origin not in died else self._beside

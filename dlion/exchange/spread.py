@@ -26,6 +26,7 @@ class Spread(Exchange):
     """Base: every own update to all, weighed by the share of the global batch. Subclasses choose what to ``say``."""
 
     speaks: ClassVar[Speech] = {"update": {"cloud": str}}
+    additive: ClassVar[tuple[str, ...]] = ("update",)
     keep = True
     """What was not said stays owed (error feedback per link); False: it is dropped."""
 
@@ -49,6 +50,10 @@ class Spread(Exchange):
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
         """The part of ``owed`` to say to a link that can take something now; None: nothing yet."""
         return owed.everything()
+
+    def budget_bytes(self, link: LinkView, ctx: Context) -> int:
+        """How much ``say`` allows a message to that link; 0: no bound."""
+        return 0
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -76,7 +81,8 @@ class Spread(Exchange):
     def on_members(self, ctx: Context) -> Iterable[Action]:
         """Drop the accounts of who is gone. A new neighbour (a bridge that moved) first hears how far we are: what died
         with the old bridge will not come, and nobody may wait for it."""
-        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in ctx.links}
+        near = {*ctx.links, *ctx.silent}
+        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
         before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud))
         fresh = sorted(self._beside - before & set(ctx.links))
         nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
@@ -102,7 +108,7 @@ class Spread(Exchange):
         piece = Piece(values, heard.origin if heard else ctx.me, ctx.layout.size)
         accounts = []
         for peer in ctx.routes.onward(came_from, cloud):
-            if (link := ctx.links.get(peer)) is None:
+            if (link := ctx.links.get(peer) or ctx.silent.get(peer)) is None:
                 continue
             self._account(peer, cloud, ctx).add(piece, coverage)
             accounts.append((peer, link.cloud == ctx.cloud != cloud))
@@ -110,7 +116,8 @@ class Spread(Exchange):
 
     def _account(self, peer: PeerId, cloud: str, ctx: Context) -> Owed:
         """The account on which ``peer`` is owed updates of ``cloud``."""
-        passing = ctx.links[peer].cloud == ctx.cloud != cloud
+        link = ctx.links.get(peer) or ctx.silent[peer]
+        passing = link.cloud == ctx.cloud != cloud
         owed = self.owed.setdefault((peer, passing), Owed(ctx.layout.size))
         owed.cloud = cloud if passing else ctx.cloud
         return owed
@@ -141,7 +148,8 @@ class Spread(Exchange):
                 sends[key] = (Message("update", step, 0, fields, (block,), coverage, origin=origin), [])
             sends[key][1].append(peer)
         for message, to in sends.values():
-            yield Send(tuple(sorted(to)), message)
+            to.sort()
+            yield Send(tuple(to), message, tuple(self.budget_bytes(ctx.links[peer], ctx) for peer in to))
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 

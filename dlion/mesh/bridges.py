@@ -11,7 +11,7 @@ acknowledgements that ride on updates. Which peer is in which pair is our choice
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -74,10 +74,17 @@ class PeerRoutes:
         return self.plan.onward(self.me, came_from, origin_cloud)
 
 
-def plan(topology: Topology, live: Mapping[PeerId, float], sticky: Plan | None = None) -> Plan:
+def plan(
+    topology: Topology,
+    live: Mapping[PeerId, float],
+    sticky: Plan | None = None,
+    *,
+    silent: Collection[PeerId] = (),
+) -> Plan:
     """The plan for the ``live`` peers (name -> compute power, any unit; the same on all peers).
 
-    ``sticky``: the plan until now; its bridges stay as long as both ends live. In ``bridges``, should two micro-clouds
+    ``sticky``: the plan until now; its bridges stay as long as both ends live. ``silent`` peers, dead or merely cut
+    off, stay mates, who are owed what the others hear, but are no bridges. In ``bridges``, should two micro-clouds
     have no link that could bridge them, updates are forwarded along a spanning tree, as in ``tree``.
     Raises ValueError for a live peer the topology does not know.
     """
@@ -85,12 +92,14 @@ def plan(topology: Topology, live: Mapping[PeerId, float], sticky: Plan | None =
         raise ValueError(f"topology {topology.name!r} has no peer {unknown[0]!r}")
     cloud_of = {peer: spec.cloud for peer, spec in sorted(topology.peers.items())}
     if topology.talk == "mesh":
-        mates = {me: tuple(p for p in sorted(live) if p != me and _linked(topology, me, p)) for me in sorted(live)}
+        known = sorted({*live, *silent})
+        mates = {me: tuple(p for p in known if p != me and _linked(topology, me, p)) for me in sorted(live)}
         return Plan(cloud_of, mates, {}, mesh=True)
     clouds = {
         c: alive for c, all_of_it in topology.clouds.items() if (alive := tuple(p for p in all_of_it if p in live))
     }
-    mates = {me: tuple(p for p in clouds[cloud_of[me]] if p != me) for me in sorted(live)}
+    homes = {c: tuple(p for p in all_of_it if p in live or p in silent) for c, all_of_it in topology.clouds.items()}
+    mates = {me: tuple(p for p in homes[cloud_of[me]] if p != me) for me in sorted(live)}
     joined = {(a, b): pairs for a, b in combinations(sorted(clouds), 2) if (pairs := _pairs(topology, clouds, a, b))}
     towards = None
     if topology.talk == "tree" or len(joined) < len(clouds) * (len(clouds) - 1) // 2:

@@ -50,8 +50,9 @@ class Connection:
 
     ``on_message(stream, seq, body)`` is called for every message once, in order per stream. ``on_writable()`` is called
     when the window opens again after having been full. ``on_lost(reason)`` is called once for each attached link that
-    breaks or is given up; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop, are never
-    called from inside ``send``, ``attach`` or ``close``, and must not raise: what a message means is judged elsewhere.
+    breaks or is given up; not for one ended by ``close`` or replaced by ``attach``. Callbacks run on the loop, are
+    never called from inside ``send``, ``attach`` or ``close``, and must not raise: what a message means is judged
+    elsewhere.
     """
 
     def __init__(

@@ -1,0 +1,246 @@
+"""The other peers around one node: hears them, tells them, notes who comes, falls silent, leaves or talks nonsense.
+
+Law: on the loop; no weights, no strategy, no step. What is for the strategy is handed to the exchange lane unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import numpy as np
+
+from dlion.exchange.base import Context
+from dlion.farewell import DONE_FIELDS, Farewell
+from dlion.journal import Journal
+from dlion.lane import Heard, Item, MembersChanged, Writable
+from dlion.membership import Membership
+from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, record_of
+from dlion.mesh.topology import Topology
+from dlion.messages import Message, PeerId, Stream
+from dlion.neighbours import Identity, Neighbours
+from dlion.net.link import Dialer, LinkError
+from dlion.net.session import SessionLimits
+from dlion.seams import NodeSettings
+from dlion.wire.codec import encode
+
+NODE_KINDS = {"~status": STATUS_FIELDS, "~done": DONE_FIELDS, "~bye": {}, "~refused": {"reason": str}}
+"""What nodes say to each other beside their strategies."""
+REASON_CHARS_MAX = 200
+
+
+class Alone(LinkError):  # noqa: N818 - what happened to the user
+    """None of the peers of the topology could be reached."""
+
+
+class Company:
+    """All other peers, as one node deals with them (a ``neighbours.Listener``).
+
+    ``put`` hands the exchange lane something that happened, ``wake`` makes the node's waiting loops look again.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        topology: Topology,
+        settings: NodeSettings,
+        dialer: Dialer,
+        limits: SessionLimits,
+        rng: np.random.Generator,
+        journal: Journal,
+    ) -> None:
+        self.membership = Membership(Record(identity.peer, identity.incarnation), topology, settings.suspect_after_s)
+        self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
+        self.neighbours.heard_of = self.membership.heard_of
+        self.farewell = Farewell(identity.peer, self.tell, self.membership.onward)
+        self.owes = False
+        """The strategy owes something that last words must not overtake."""
+        self._me = identity.peer
+        self._topology = topology
+        self._settings = settings
+        self._journal = journal
+        self._refusals: dict[PeerId, int] = {}
+        self._seeking = True
+        self._aging: asyncio.TimerHandle | None = None
+        self._put: Callable[[Item], None]
+        self._wake: Callable[[], None]
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        put: Callable[[Item], None],
+        wake: Callable[[], None],
+    ) -> None:
+        self._put, self._wake = put, wake
+        self.neighbours.start(spawn)
+
+    async def gather(self, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Wait for all neighbours, at most ``start_wait_s``; from then on newcomers are refused.
+
+        Raises Alone when there should be neighbours and none is there.
+        """
+        wanted, neighbours = self.membership.neighbours, self.neighbours
+        neighbours.want(wanted)
+        try:
+            async with asyncio.timeout(self._settings.start_wait_s):
+                while not stopping() and not all(map(neighbours.connected, wanted)):
+                    await change()
+        except TimeoutError:
+            missing = [peer for peer in wanted if not neighbours.connected(peer)]
+            if len(missing) == len(wanted):
+                waited = f"within {self._settings.start_wait_s:g} s"
+                raise Alone(f"{self._me}: no peer reachable {waited}, tried {', '.join(missing)}") from None
+            for peer in missing:
+                self._journal.member(peer, "missing", f"training starts without it ({self._settings.start_wait_s:g} s)")
+        neighbours.open_to_new = False
+        self.membership.start()
+
+    def rest(self) -> None:
+        """Training is over: look for nobody new."""
+        self._seeking = False
+
+    def close(self) -> None:
+        if self._aging is not None:
+            self._aging.cancel()
+        self.neighbours.close()
+
+    def show(self, ctx: Context) -> None:
+        """The strategy's picture of members and links, brought up to date while its lane rests."""
+        connections = self.neighbours.connections
+        anew = self.membership.show(ctx, connections)
+        for peer, view in ctx.links.items():
+            connection = connections[peer]
+            if not (connection.moved or anew):
+                continue
+            connection.moved = False
+            view.rate_bps, view.rtt_s = connection.rate_bps, connection.rtt_s
+            view.writable_bytes = connection.writable_bytes
+
+    # -- speaking -----------------------------------------------------------------------------------------------
+
+    def say(self, to: tuple[PeerId, ...], body: bytes, message: Message, budgets: tuple[int, ...] = ()) -> None:
+        """Hand an encoded message to sessions; never waits."""
+        for peer, budget_bytes in zip(to, budgets or (0,) * len(to), strict=True):
+            seq = self.neighbours.send(peer, message.stream, body)
+            self._journal.sent(peer, seq, len(body), message, budget_bytes)
+
+    def tell(self, to: tuple[PeerId, ...], message: Message) -> None:
+        """Say one of the node's own kinds."""
+        if not message.origin:
+            message = Message(message.kind, fields=message.fields, stream=message.stream, origin=self._me)
+        self.say(to, encode(message), message)
+
+    def gossip(self, **own: int | float) -> None:
+        """Tell each neighbour our own record, brought up to date, and those that it hears only through us."""
+        roster = self.membership.roster
+        roster.speak(**own)
+        for peer, connection in self.neighbours.connections.items():
+            if connection.connected:
+                for record in roster.news_for(peer, self.membership.subjects(peer)):
+                    self.tell((peer,), Message("~status", fields=record.fields(), stream=Stream.CONTROL))
+
+    def pass_on(self) -> None:
+        """Last words go on behind what they must not overtake."""
+        if not self.owes:
+            self.farewell.pass_on()
+
+    def all_said(self, leaving: bool) -> bool:
+        """Has everybody heard us, and (unless we leave the others to go on) said a last word?"""
+        self.pass_on()
+        connections, farewell = self.neighbours.connections, self.farewell
+        near = [
+            peer
+            for peer in self.membership.neighbours
+            if peer in connections and (connections[peer].connected or not farewell.finished(peer))
+        ]
+        live = self.membership.roster.live
+        near = [peer for peer in near if peer in live]
+        return all(connections[p].session.idle for p in near) and farewell.complete(near, live, leaving)
+
+    # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
+
+    def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
+        self._journal.meter.received(peer, len(body))
+        self._put(Heard(peer, stream, seq, body))
+
+    def writable(self, peer: PeerId) -> None:
+        self._put(Writable(peer))
+
+    def up(self, peer: PeerId, incarnation: int) -> None:
+        roster = self.membership.roster
+        self._turn(roster.alive(peer, incarnation, asyncio.get_running_loop().time()))
+        roster.version += 1
+        self._put(MembersChanged())
+        self._wake()
+
+    def down(self, peer: PeerId, reason: str) -> None:
+        loop, patience_s = asyncio.get_running_loop(), self._settings.lost_after_s
+        self.membership.roster.lost(peer, loop.time(), patience_s)
+        self._journal.member(peer, "link lost", reason)
+        if self._aging is not None:
+            self._aging.cancel()
+        self._aging = loop.call_later(patience_s + 1e-3, self.age)
+
+    def refused(self, peer: PeerId, reason: str) -> None:
+        self._journal.refused(peer, reason)
+
+    def refuse(self, peer: PeerId, reason: str) -> None:
+        """An inadmissible message: counted, attributed, told to its sender; too many quarantine the sender."""
+        self._journal.refused(peer, reason)
+        self._refusals[peer] = self._refusals.get(peer, 0) + 1
+        if self._refusals[peer] < self._settings.refusals_max:
+            fields = {"reason": reason[:REASON_CHARS_MAX]}
+            self.tell((peer,), Message("~refused", fields=fields, stream=Stream.CONTROL))
+        else:
+            self._refusals[peer] = 0
+            self.neighbours.quarantine(
+                peer, f"{self._settings.refusals_max} inadmissible messages, last: {reason[:REASON_CHARS_MAX]}"
+            )
+
+    def notice(self, message: Message) -> None:
+        """A message of the node's own kinds."""
+        match message.kind:
+            case "~status":
+                try:
+                    record = record_of(message.fields)
+                except ValueError as error:
+                    self.refuse(message.hop, str(error))
+                else:
+                    self._turn(self.membership.roster.hear(record, asyncio.get_running_loop().time()))
+            case "~done" if message.fields["peer"] not in self._topology.peers:
+                self.refuse(message.hop, "~done: of a peer that is not in the topology")
+            case "~done":
+                if (last := self.farewell.hear(message)) is not None:
+                    self._turn(self.membership.roster.finished(*last))
+                    self.pass_on()
+            case "~bye":
+                self.farewell.bye(message.hop)
+            case "~refused":
+                self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
+
+    # -- who is there -------------------------------------------------------------------------------------------
+
+    def age(self, lag_s: float = 0.0) -> None:
+        """Give up links that are only half there, and count no longer who is silent. ``lag_s``: our own lateness."""
+        now, patience_s = asyncio.get_running_loop().time(), self._settings.suspect_after_s
+        for connection in list(self.neighbours.connections.values()):
+            if connection.connected and now - connection.last_heard - lag_s > patience_s:
+                connection.abort(f"nothing came for {patience_s:g} s")
+        for change in self.membership.roster.age(now, lag_s):
+            self._turn(change)
+
+    def _turn(self, change: Change | None) -> None:
+        """Somebody's state changed."""
+        if change is None:
+            return
+        self._journal.member(change.peer, change.state, change.why, change.incarnation)
+        if change.state is State.LEFT:
+            self.neighbours.forget(change.peer)
+        self.membership.changed()
+        if self._seeking:
+            self.neighbours.want(self.membership.neighbours)
+        self._put(MembersChanged())
+        self._wake()

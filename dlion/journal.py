@@ -1,0 +1,136 @@
+"""What a node writes down: each thing it does becomes a line of the run log and a count of the meter.
+
+Law: knows events and counters; decides nothing and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from dlion.learn.trainer import StepResult
+from dlion.mesh.topology import Topology
+from dlion.messages import Message, PeerId
+from dlion.net.connection import Connection
+from dlion.observe import runlog
+from dlion.observe.meter import Meter
+from dlion.observe.runlog import Event, RunLog
+
+VOID_ABOVE = 0.02
+"""A run whose machine missed the modelled pace by more than this share says nothing about time."""
+REASON_CHARS_MAX = 300
+
+
+@dataclass
+class Waits:
+    """Seconds the train loop waited before a step, by reason."""
+
+    room: float = 0.0
+    strategy: float = 0.0
+    pace: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.room + self.strategy + self.pace
+
+
+class Journal:
+    """``now()`` is the node's clock: seconds since training began there."""
+
+    def __init__(self, me: PeerId, topology: Topology, log: RunLog, now: Callable[[], float]) -> None:
+        self.meter = Meter()
+        self._me = me
+        self._topology = topology
+        self._log = log
+        self._now = now
+
+    def write(self, event: Event) -> None:
+        self._log.write(event)
+
+    def flush(self) -> None:
+        self._log.flush()
+
+    def close(self) -> None:
+        self._log.close()
+
+    def batch(self, size: int, global_size: int) -> None:
+        self._log.write(runlog.Batch(t=self._now(), size=size, global_size=global_size))
+
+    def step(self, number: int, result: StepResult, seconds: float, waits: Waits) -> None:
+        self.meter.step(result.loss, result.samples, seconds, waits.total)
+        self._log.write(
+            runlog.Step(
+                t=self._now(),
+                n=number,
+                loss=result.loss if np.isfinite(result.loss) else None,
+                samples=result.samples,
+                lr=result.learning_rate,
+                seconds=round(seconds, 6),
+                epoch=result.cursor.epoch,
+                position=result.cursor.position,
+                waited=runlog.Waited(round(waits.pace, 6), round(waits.strategy, 6), round(waits.room, 6)),
+            )
+        )
+
+    def sent(self, to: PeerId, seq: int, nbytes: int, message: Message, budget_bytes: int) -> None:
+        """``seq`` 0: there was no session to take it."""
+        wan = not self._topology.lan(self._me, to)
+        entries = sum(block.count for block in message.blocks)
+        self.meter.sent(to, nbytes, entries, message.kind, wan)
+        if seq and message.kind[0] != "~":
+            self._log.write(
+                runlog.Send(
+                    t=self._now(),
+                    to=to,
+                    seq=seq,
+                    kind=message.kind,
+                    budget=budget_bytes,
+                    entries=entries,
+                    bytes=nbytes,
+                    wan=wan,
+                )
+            )
+
+    def member(self, peer: PeerId, state: str, why: str, incarnation: int = 0) -> None:
+        why = why[:REASON_CHARS_MAX]
+        self._log.write(runlog.Member(t=self._now(), peer=peer, state=state, incarnation=incarnation, why=why))
+
+    def refused(self, peer: PeerId, reason: str) -> None:
+        """``peer`` may be anybody's claim: only names of the topology are counted as such."""
+        peer, reason = peer if peer in self._topology.peers else PeerId("?"), reason[:REASON_CHARS_MAX]
+        self.meter.refused(peer, reason)
+        self._log.write(runlog.Refuse(t=self._now(), peer=peer, reason=reason))
+
+    def links(self, connections: Mapping[PeerId, Connection], interval_s: float) -> None:
+        for peer, connection in connections.items():
+            session = connection.session
+            self._log.write(
+                runlog.Link(
+                    t=self._now(),
+                    peer=peer,
+                    up=connection.connected,
+                    rate_bps=round(connection.rate_bps, 1),
+                    available_bps=self.available_bps(peer),
+                    rtt_s=round(connection.rtt_s, 6),
+                    unacked=session.unacked_bytes,
+                    queued=session.queued_bytes,
+                    sent_bytes=session.sent_bytes,
+                    acked_bytes=session.acked_bytes,
+                    saturated=round(self.meter.saturated(peer, connection.full_s, interval_s), 3),
+                )
+            )
+
+    def available_bps(self, peer: PeerId) -> float | None:
+        """What the topology gives the link to ``peer`` now."""
+        link = self._topology.links.get((self._me, peer))
+        if link is None or not link.resources:
+            return None
+        return min(self._topology.resources[name].rate.at(max(self._now(), 0.0)) for name in link.resources)
+
+    def end(self, steps: int, reason: str, overrun: float) -> None:
+        self._log.write(
+            runlog.End(t=self._now(), steps=steps, reason=reason, overrun=round(overrun, 4), void=overrun > VOID_ABOVE)
+        )
+        self._log.flush()

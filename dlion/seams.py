@@ -1,0 +1,63 @@
+"""What a node is given: limits and periods, what it learns, and the seams between a real and a simulated one.
+
+Law: plain values and protocols' holders; no behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dlion.compute import Compute
+from dlion.learn.batching import Batcher
+from dlion.learn.trainer import Trainer
+from dlion.neighbours import DialSettings
+from dlion.net.link import Dialer
+from dlion.observe.runlog import Event, RunLog
+from dlion.tensors import Flat
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """Limits and periods."""
+
+    until_s: float | None = None
+    """Training time after which everybody finishes; None: until stopped."""
+    status_every_s: float = 1.0
+    evaluate_every_s: float = 5.0
+    suspect_after_s: float = 5.0
+    """A peer of which no news came for so long is silent: not counted, until it is heard again. A link on which
+    nothing came for so long is given up."""
+    lost_after_s: float = 2.0
+    """A neighbour whose link is lost and cannot be dialled again counts as silent after this."""
+    start_wait_s: float = 60.0
+    """How long to wait for all neighbours before training starts without the missing."""
+    drain_s: float = 20.0
+    refusals_max: int = 16
+    """Inadmissible messages from one peer before it is quarantined."""
+    unacked_bytes_max: int = 64 << 20
+    queue_s: float = 0.09
+    exchange_s_per_byte: float = 1e-9
+    exchange_s_per_item: float = 2e-5
+    """Modelled cost of the exchange lane, per byte read or written and per item (simulation only)."""
+    dial: DialSettings = field(default_factory=DialSettings)
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What differs between a real and a simulated node (the fourth is the running event loop)."""
+
+    dialer: Dialer
+    compute: Compute
+    seed: int
+    log: RunLog
+    observer: Callable[[float, int, Flat, Flat], Iterable[Event]] | None = None
+    """Called in the exchange lane with (t, step, view, replica) every ``evaluate_every_s``; keeps neither."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What this peer computes, and with how many samples a step."""
+
+    trainer: Trainer
+    batcher: Batcher
