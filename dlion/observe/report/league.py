@@ -20,8 +20,8 @@ from dlion.observe.summary import together
 
 NOTE = (
     "Median over seeds, the range in brackets. Times to a target are read from the mean accuracy of the peers; "
-    "accuracy is that of the view a peer would deploy. Disagreement is the largest distance of a replica from their mean, as a "
-    "share of its norm. A run that failed takes part in no figure."
+    "accuracy is that of the view a peer would deploy. Disagreement is the largest distance of a replica from the "
+    "mean of all, relative to the norm of that mean. A run that failed takes part in no figure."
 )
 
 
