@@ -47,6 +47,8 @@ class Doors:
     admin: tuple[str, int] | None = ("127.0.0.1", 0)
     emulate: bool = False
     """Shape links and pad steps as the topology says; False: the network and the machine as they are."""
+    paced: bool = False
+    """Pad steps, though the links are as they are."""
     insecure_plaintext: bool = False
     data_share: float = 1.0
     """Use only this share of the peer's part of the data."""
@@ -100,6 +102,14 @@ class Snapshots:
 
 
 @dataclass(frozen=True)
+class Guest:
+    """What a loop of the caller's own brings, in place of the job's."""
+
+    learner: Learner
+    settings: NodeSettings
+
+
+@dataclass(frozen=True)
 class Assembled:
     """A node with its files, not yet running, and the door for its incoming links."""
 
@@ -109,16 +119,22 @@ class Assembled:
 
 
 def assemble(
-    plan: Plan, peer: PeerId, doors: Doors, out: Path, addresses: Mapping[Any, str], workload: Workload
+    plan: Plan, peer: PeerId, doors: Doors, out: Path, addresses: Mapping[Any, str], does: Workload | Guest
 ) -> Assembled:
-    """``peer``'s node over real links, its log and snapshots in ``out``. Call it on the running loop."""
+    """``peer``'s node over real links, its log and snapshots in ``out``. Call it on the running loop.
+
+    Of a guest no snapshots are kept: nobody else could evaluate them.
+    """
+    learner, settings = (does.learner, does.settings) if isinstance(does, Guest) else (None, None)
+    workload = does.learner.trainer.workload if isinstance(does, Guest) else does
     log_path = _open_directory(out, peer)
     routes = routes_of(plan, peer, asyncio.get_running_loop().time()) if doors.emulate else {}
     dialer = ShapedDialer(UpgradeDialer(addresses, timeout_s=plan.job.node.hello_timeout_s, name=peer), routes)
     log = RunLog(File(log_path))
-    compute = Threads(paced=doors.emulate)
-    seams = Seams(dialer, compute, plan.job.job.seed, log, Snapshots(out, peer, workload))
-    node = node_of(plan, peer, seams, workload=workload, incarnation=time.time_ns() // 1_000_000)
+    compute = Threads(paced=doors.emulate or doors.paced)
+    seams = Seams(dialer, compute, plan.job.job.seed, log, None if learner else Snapshots(out, peer, workload))
+    born = time.time_ns() // 1_000_000
+    node = node_of(plan, peer, seams, workload=workload, incarnation=born, settings=settings, learner=learner)
 
     def accept(link: StreamLink) -> None:
         """Slowed down like a link that we dialled; the name is what the other end says it is."""
@@ -149,6 +165,7 @@ async def hosted(
     doors: Doors,
     out: Path,
     addresses: Callable[[str], Awaitable[Mapping[str, str]]] | Mapping[Any, str],
+    guest: Guest | None = None,
 ) -> AsyncIterator[Hosted]:
     """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
 
@@ -161,13 +178,13 @@ async def hosted(
             why="links are neither encrypted nor authenticated in this version",
             advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",
         )
-    workload = await asyncio.to_thread(workload_for, plan, peer, doors)
+    does = guest or await asyncio.to_thread(workload_for, plan, peer, doors)
     door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)
     try:
         here = f"{doors.listen[0]}:{site.port}"
         known = addresses if isinstance(addresses, Mapping) else await addresses(here)
-        made = assemble(plan, peer, doors, out, known, workload)
+        made = assemble(plan, peer, doors, out, known, does)
         async with _admin(doors, made.status) as admin, made.node:
             door.open(made.accept)
             yield Hosted(made.node, made.status, here, admin)
