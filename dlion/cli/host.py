@@ -178,7 +178,8 @@ async def hosted(
             why="links are neither encrypted nor authenticated in this version",
             advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",
         )
-    does = guest or await asyncio.to_thread(workload_for, plan, peer, doors)
+    does: Guest | Workload
+    does = guest if guest is not None else await asyncio.to_thread(workload_for, plan, peer, doors)
     door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)
     try:
