@@ -1,0 +1,200 @@
+"""A user's own training loop as a workload: what a step gives comes from another thread.
+
+Law: passes a baton between two threads, the train lane and the user's; knows no peer, no link, no loop. Only the
+thread that has the baton touches the module: while one computes, the other waits.
+
+The user's tensors stay the user's: at the head of a step the snapshot's values are copied into them, and after it what
+the user's optimizer changed is read off. What is exchanged follows the rules of ``torch_module``: every parameter that
+requires a gradient, once however often it is used, and with ``buffers="averaged"`` the floating buffers behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from dlion.learn.optimizers import Optimizer, Plain
+from dlion.learn.workload import Ended, Evaluation, Indices
+from dlion.learn.workloads.torch_memory import alias
+from dlion.learn.workloads.torch_optimizer import BufferedOptimizer
+from dlion.tensors import Flat, Layout, Tensors
+
+PASS_SAMPLES = 1 << 16
+"""What the run log calls an epoch where nobody said how large the data is."""
+Buffers = Literal["local", "averaged"]
+
+
+class Places:
+    """The tensors of a module that are exchanged, and where each lies in the flat buffer."""
+
+    def __init__(self, module: nn.Module, buffers: Buffers) -> None:
+        if buffers not in ("local", "averaged"):
+            raise ValueError(f"buffers are 'local' or 'averaged', not {buffers!r}")
+        self._module = module
+        self.parameters = _trainable(module)
+        if not self.parameters:
+            raise ValueError("the model has no parameter that requires a gradient")
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"parameter {name!r} has no shape yet: run one forward first (lazy layers)")
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"parameter {name!r} is {parameter.dtype}: what is trained must be float32; compute in bfloat16 or "
+                    "float16 with torch.autocast"
+                )
+        saved = module.state_dict().keys() if buffers == "averaged" else ()
+        common = {n: b for n, b in module.named_buffers() if n in saved and b.dtype == torch.float32}
+        self._tensors: list[torch.Tensor] = [*self.parameters.values(), *common.values()]
+        names = (*self.parameters, *common)
+        self.layout = Layout(names, tuple(tuple(t.shape) for t in self._tensors))
+        self.averaged = len(common)
+        self.parameter_size = self.layout.offsets[len(self.parameters)]
+
+    def fill(self, values: torch.Tensor) -> None:
+        """Copy a flat buffer's values into the module's tensors."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, self._split(values), strict=True):
+                tensor.copy_(value)
+
+    def read(self, out: torch.Tensor) -> None:
+        """Copy the module's values to the flat ``out``."""
+        for tensor, place in zip(self._tensors, self._split(out), strict=True):
+            place.copy_(tensor.detach())
+
+    def moved(self, before: torch.Tensor, out: torch.Tensor) -> None:
+        """How far the module's tensors are from the flat ``before``."""
+        for tensor, old, place in zip(self._tensors, self._split(before), self._split(out), strict=True):
+            if tensor.device.type == "cpu":
+                torch.sub(tensor.detach(), old, out=place)
+            else:
+                place.copy_(tensor.detach()).sub_(old)
+
+    def gradients(self, before: torch.Tensor, out: torch.Tensor) -> None:
+        """Gradients, zero where there is none; of an averaged buffer, what its change would be the step of."""
+        for tensor, old, place in zip(self._tensors, self._split(before), self._split(out), strict=True):
+            if not tensor.requires_grad:
+                torch.sub(old, tensor.detach().to(old.device), out=place)
+            elif tensor.grad is None:
+                place.zero_()
+            else:
+                place.copy_(tensor.grad)
+
+    def check(self) -> None:
+        """Raises ValueError when the trainable parameters are no longer those of the start."""
+        now, then = _trainable(self._module), self.parameters
+        same = now.keys() == then.keys() and all(now[name] is then[name] for name in now)
+        if not same or any(tuple(p.shape) != s for p, s in zip(now.values(), self.layout.shapes, strict=False)):
+            raise ValueError(
+                "the model's trainable parameters changed; peers exchange one buffer laid out at the start: make, "
+                "freeze and unfreeze all parameters before attach"
+            )
+
+    def _split(self, flat: torch.Tensor) -> Iterator[torch.Tensor]:
+        layout = self.layout
+        for shape, start, stop in zip(layout.shapes, layout.offsets, layout.offsets[1:], strict=False):
+            yield flat[start:stop].view(shape)
+
+
+class Turn(NamedTuple):
+    """The user's: compute, from these weights, on so many samples."""
+
+    weights: torch.Tensor
+    """The snapshot itself; valid, and not to be written, until the answer."""
+    batch: int
+
+
+class Guest:
+    """A ``Workload`` whose gradients a user's loop computes.
+
+    The user's thread calls ``turn`` (waits for the next snapshot) and ``answer`` in alternation; the train lane calls
+    ``gradient``, which waits for the answer. ``end`` releases whichever thread waits, now and later.
+    """
+
+    def __init__(self, places: Places, steps_itself: bool, samples: int | None = None) -> None:
+        """``steps_itself``: the user's optimizer changes the module, else its gradients are taken. ``samples``: of all
+        peers together; None: not known, and the global batch does not grow."""
+        self.places = places
+        self._steps_itself = steps_itself
+        self._samples = samples
+        self._turns: SimpleQueue[Turn | None] = SimpleQueue()
+        self._answers: SimpleQueue[float | None] = SimpleQueue()
+
+    # -- the user's thread --------------------------------------------------------------------------------------
+
+    def turn(self) -> Turn | None:
+        """Wait until it is the user's turn; None: the run is over."""
+        found = self._turns.get()
+        if found is None:
+            self._turns.put(None)
+        return found
+
+    def answer(self, loss: float) -> None:
+        """The module's tensors, or their gradients, are what the turn made of them."""
+        self._answers.put(loss)
+
+    def end(self) -> None:
+        """Nobody waits any more. From any thread."""
+        self._turns.put(None)
+        self._answers.put(None)
+
+    # -- the train lane -----------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        return self.places.layout
+
+    @property
+    def train_size(self) -> int:
+        return self._samples or PASS_SAMPLES
+
+    @property
+    def global_train_size(self) -> int:
+        return self._samples or 1
+
+    def initial(self, seed: int) -> Tensors:
+        """The values that the user's module has now, whatever the seed: all peers must have made it alike."""
+        found = torch.empty(self.layout.size)
+        self.places.read(found)
+        return Tensors(self.layout, found.numpy())
+
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        """Hand ``weights`` to the user and wait. Of ``batch`` only the length counts: the data are the user's.
+
+        ``out`` is the user's whole step if its own optimizer made it (``optimizer`` then leaves it as it is).
+        """
+        before = alias(weights)
+        self._turns.put(Turn(before, len(batch)))
+        loss = self._answers.get()
+        if loss is None:
+            self._answers.put(None)
+            raise Ended("the training loop has ended")
+        self.places.check()
+        if self._steps_itself:
+            self.places.moved(before, alias(out))
+        else:
+            self.places.gradients(before, alias(out))
+        return loss
+
+    def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
+        """Refused: the user's loop has the held-out data, and evaluates by itself."""
+        raise TypeError("a loop attached from outside evaluates by itself: the node has none of its data")
+
+    def optimizer(self, own: Optimizer) -> Optimizer:
+        """None beside the user's; else ``own``. Raises ValueError for what cannot work."""
+        if isinstance(own, Plain):
+            if self._steps_itself:
+                raise ValueError("this exchange consumes gradients and steps by itself: attach with optimizer=None")
+            if self.places.averaged:
+                raise ValueError("this exchange consumes gradients: it cannot be used with averaged buffers")
+            return own
+        if self._steps_itself:
+            return Plain()
+        return BufferedOptimizer(own, self.places.parameter_size) if self.places.averaged else own
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
