@@ -148,7 +148,9 @@ def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
     watch = instrumented()
     result = run(deliveries, "digits", load_topology("hetero-system"), seconds, exchange__name="dlion")
     whole = result["cpu_s"] - watch.seconds.pop("evaluation")
-    found = {name: watch.seconds[name] / whole for name in ("gradient", "selection", "apply", "encode", "decode", "log")}
+    found = {
+        name: watch.seconds[name] / whole for name in ("gradient", "selection", "apply", "encode", "decode", "log")
+    }
     found["loop, links, sessions, node"] = 1.0 - sum(found.values())
     found["outside"] = 1.0 - found["gradient"] - found["selection"] - found["apply"]
     return {name: round(share, 3) for name, share in found.items()}
