@@ -39,6 +39,7 @@ class Threads:
     def __init__(self, *, paced: bool = False) -> None:
         self._lanes = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"dlion-{lane.value}") for lane in Lane}
         self._paced = paced
+        self._busy = dict.fromkeys(Lane, False)
         self._due = 0.0
         self._late = 0.0
         self._modelled = 0.0
@@ -46,10 +47,17 @@ class Threads:
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
         loop = asyncio.get_running_loop()
         started = loop.time()
-        result = await loop.run_in_executor(self._lanes[lane], job)
+        result = await loop.run_in_executor(self._lanes[lane], self._do, lane, job)
         if self._paced and lane is Lane.TRAIN:
             await self._pad(loop, started, cost_s(result))
         return result
+
+    def _do(self, lane: Lane, job: Callable[[], T]) -> T:
+        self._busy[lane] = True
+        try:
+            return job()
+        finally:
+            self._busy[lane] = False
 
     async def _pad(self, loop: asyncio.AbstractEventLoop, started: float, cost_s: float) -> None:
         """Sleep until the modelled end. A small lateness shortens the next step; a large one is counted as overrun."""
@@ -68,5 +76,6 @@ class Threads:
         return self._late / self._modelled if self._modelled else 0.0
 
     def close(self) -> None:
-        for lane in self._lanes.values():
-            lane.shutdown(wait=False, cancel_futures=True)
+        """End the threads. One that is in the middle of a job, which nothing can interrupt, ends with it."""
+        for lane, thread in self._lanes.items():
+            thread.shutdown(wait=not self._busy[lane], cancel_futures=True)

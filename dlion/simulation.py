@@ -69,6 +69,25 @@ class MemoryNetwork:
             ends: Route(tuple(bottlenecks[r] for r in link.resources), link.delay_s, link.up)
             for ends, link in topology.links.items()
         }
+        self._joined: dict[tuple[PeerId, PeerId], tuple[Link, Link]] = {}
+        """Both ends of the last link that the first peer dialled to the second."""
+
+    def join(self, me: PeerId, other: PeerId) -> Link:
+        """A new link from ``me`` to the door of ``other``."""
+        mine, theirs = pipe()
+        mine, theirs = self.routes[me, other].shape(mine), self.routes[other, me].shape(theirs)
+        self._joined[me, other] = mine, theirs
+        self.doors[other](theirs)
+        return mine
+
+    def kill(self, peer: PeerId) -> None:
+        """Break all links of ``peer``, whatever they still carry, and close its door."""
+        self.doors.pop(peer, None)
+        for (dialler, acceptor), ends in self._joined.items():
+            if dialler == peer:
+                ends[0].abort()
+            elif acceptor == peer:
+                ends[1].abort()
 
     def dialer(self, me: PeerId) -> MemoryDialer:
         return MemoryDialer(self, me)
@@ -83,9 +102,8 @@ class MemoryDialer:
 
     async def dial(self, peer: str) -> Link:
         network, other = self.network, PeerId(peer)
-        door = network.doors.get(other)
         there, back = network.routes.get((self.me, other)), network.routes.get((other, self.me))
-        if door is None or there is None or back is None:
+        if other not in network.doors or there is None or back is None:
             raise LinkError(f"{peer} cannot be reached from {self.me}")
         now = asyncio.get_running_loop().time()
         if any(route.up is not None and route.up.at(now) == 0 for route in (there, back)):
@@ -93,9 +111,7 @@ class MemoryDialer:
         await asyncio.sleep(_delay(there, now) + _delay(back, now))
         if other not in network.doors:
             raise LinkError(f"{peer} has gone")
-        mine, theirs = pipe()
-        door(back.shape(theirs))
-        return there.shape(mine)
+        return network.join(self.me, other)
 
 
 def _delay(route: Route, now: float) -> float:
@@ -191,5 +207,5 @@ async def _run(
 
 
 def _kill(life: asyncio.Task[None], network: MemoryNetwork, peer: PeerId) -> None:
-    network.doors.pop(peer, None)
+    network.kill(peer)
     life.cancel()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dlion.blocks import SCALE_MAX, Encoding, dense, index_bytes, sparse
 from dlion.messages import Hello, Message, PeerId, Span
 from dlion.wire import positions
-from dlion.wire.codec import HELLO_BYTES_MAX, Malformed, decode, decode_hello, encode, encode_hello
+from dlion.wire.codec import HELLO_BYTES_MAX, VALUE_MAX, Malformed, decode, decode_hello, encode, encode_hello
 from dlion.wire.limits import Limits
 
 MODEL = 3_000
@@ -208,8 +208,20 @@ def test_numbers_that_are_not_finite(name: str) -> None:
 
 
 def test_the_largest_scale_times_the_lowest_code_is_finite() -> None:
-    body = np.array([SCALE_MAX], "<f4").tobytes() + b"\x80\x7f\x80\x7f"
+    body = np.array([VALUE_MAX / 128], "<f4").tobytes() + b"\x80\x7f\x80\x7f"
     assert np.isfinite(decode(raw([[0, 4, 4, I8, 0, 8]], body), LIMITS).blocks[0].values).all()
+
+
+@pytest.mark.parametrize("value", [2e30, -2e30, 3e38])
+def test_a_finite_but_absurd_value_is_refused(value: float) -> None:
+    """A few of them would make the weights infinite; one that is merely huge (1e29) passes."""
+    for values in ([value, 0, 0, 0], [1e29, -1e29, 1e20, 1]):
+        body = raw([[0, 4, 4, Encoding.F32, 0, 16]], np.array(values, "<f4").tobytes())
+        if abs(values[0]) > VALUE_MAX:
+            with pytest.raises(Malformed, match="beyond"):
+                decode(body, LIMITS)
+        else:
+            decode(body, LIMITS)
 
 
 def elias_fano(pairs: list[tuple[int, int]], size: int, count: int) -> bytes:

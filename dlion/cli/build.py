@@ -165,6 +165,8 @@ def node_settings(job: Job) -> NodeSettings:
         status_every_s=n.status_every_s,
         evaluate_every_s=job.evaluate.every_s,
         suspect_after_s=n.suspect_after_s,
+        lost_after_s=n.lost_after_s,
+        start_wait_s=n.start_wait_s,
         drain_s=n.drain_s,
         unacked_bytes_max=n.unacked_bytes_max,
         queue_s=n.queue_s,

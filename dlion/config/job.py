@@ -119,6 +119,10 @@ class Evaluate(Table, frozen=True):
 class NodeTable(Table, frozen=True):
     heartbeat_s: PositiveSeconds = 1.0
     suspect_after_s: PositiveSeconds = 5.0
+    lost_after_s: PositiveSeconds = 2.0
+    """A neighbour whose link is lost and cannot be dialled again is not waited for any longer."""
+    start_wait_s: PositiveSeconds = 60.0
+    """How long to wait for all neighbours before training starts without the missing."""
     status_every_s: PositiveSeconds = 1.0
     hello_timeout_s: PositiveSeconds = 10.0
     dial_backoff_min_s: PositiveSeconds = 0.1

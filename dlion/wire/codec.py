@@ -7,7 +7,7 @@ Law: owns the format of one message and trusts no byte of it; knows no socket, n
 A body is ``scales, codes`` (one zstd frame when its header says so), then the positions (``wire.positions``), then
 zero bytes up to a multiple of 4. Every length but that of a zstd frame follows from the header, and all numbers are
 little-endian. Decoding guarantees: finite values, blocks inside the model, strictly ascending positions, finite
-fields, bounded everything. Whether the kind and its fields mean something is for ``wire.admit``.
+fields, no value beyond VALUE_MAX, bounded everything. Whether the kind and its fields mean something is for ``wire.admit``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import zstandard
 
-from dlion.blocks import GROUP, SCALE_MAX, Block, Encoding, all_finite, index_bytes, value_bytes
+from dlion.blocks import GROUP, Block, Encoding, index_bytes, value_bytes
 from dlion.messages import Hello, Message, PeerId, Scalar, Span, Stream
 from dlion.wire import positions
 from dlion.wire.limits import Limits
@@ -36,6 +36,10 @@ ZSTD_BYTES_MIN = 16 << 10
 """Below this the frame costs more time than it can save."""
 ZSTD_WINDOW_BYTES_MAX = 8 << 20
 INT_MAX = (1 << 53) - 1
+CODE_MAX = 128
+"""Largest magnitude of an integer code."""
+VALUE_MAX = 1e30
+"""No larger magnitude is accepted: finite as it is, a few of them would make the weights infinite."""
 NOBODY = PeerId("")
 
 SPARSE, ZSTD = 1, 2
@@ -246,7 +250,7 @@ def _read_block(head: _Header, data: bytes | bytearray | memoryview, at: int) ->
     else:
         groups = -(-count // GROUP)
         scales = _view(source, np.float32, groups, offset)
-        if groups and not (scales.min() >= 0 and scales.max() <= SCALE_MAX):
+        if groups and not (scales.min() >= 0 and scales.max() <= VALUE_MAX / CODE_MAX):
             raise Malformed("a scale is negative, too large or not a number")
         if encoding is Encoding.I8:
             codes = _view(source, np.int8, count, offset + 4 * groups)
@@ -260,9 +264,17 @@ def _read_block(head: _Header, data: bytes | bytearray | memoryview, at: int) ->
         except ValueError as error:
             raise Malformed(str(error)) from None
     block = Block(head.start, head.size, encoding, codes, scales, indices)
-    if scales is None and not all_finite(block.values):
-        raise Malformed("a value is NaN or infinite")
+    if scales is None and not _moderate(block.values):
+        raise Malformed(f"a value is NaN or infinite, or beyond {VALUE_MAX:g}")
     return block
+
+
+def _moderate(values: npt.NDArray[Any]) -> bool:
+    """No NaN and nothing beyond VALUE_MAX: one pass without a temporary; a closer look only if its sum overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(float(np.dot(values, values))):
+            return True
+    return bool(np.max(np.abs(values)) <= VALUE_MAX)
 
 
 def _view(data: Any, kind: type[Any], count: int, offset: int) -> npt.NDArray[Any]:
