@@ -15,6 +15,10 @@ from dlion.net.wan import Rate
 
 Floats = npt.NDArray[np.float64]
 PERCENTILES = (5, 25, 50, 75, 95)
+OUTAGE_STEP_S = 1.0
+OUTAGE_SHARE = 0.01
+"""Out: a second (or a wider step of the trace) with less than this share of the mean. Recorders of cellular links keep
+sending a packet now and then, so their outages are not quite zero."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def facts(rate: Rate) -> Facts:
     widths = np.diff(rate.starts, append=end)
     if not end:
         values, widths = values[-1:], np.ones(1)
-    out = _outages(values, widths) if end else []
+    out = _outages(rate) if end else []
     return Facts(
         duration_s=end,
         steps=len(rate.values),
@@ -62,18 +66,21 @@ def _percentile(values: Floats, widths: Floats, share: float) -> float:
     return float(values[order][min(int(np.searchsorted(passed, share * passed[-1])), values.size - 1)])
 
 
-def _outages(values: Floats, widths: Floats) -> list[float]:
-    """Seconds of each unbroken run of zeros."""
+def _outages(rate: Rate) -> list[float]:
+    """Seconds of each unbroken outage."""
+    end = rate.period_s if rate.looped else rate.starts[-1]
+    if end / len(rate.starts) < OUTAGE_STEP_S:
+        rate = rate.resampled(OUTAGE_STEP_S)
     found: list[float] = []
-    before = 1.0
-    for value, width in zip(values.tolist(), widths.tolist(), strict=True):
-        if value == 0:
-            if before == 0:
-                found[-1] += width
-            else:
-                found.append(width)
-        before = value
-    return [seconds for seconds in found if seconds > 0]
+    was_out = False
+    for start, next_start, value in zip(rate.starts, [*rate.starts[1:], end], rate.values, strict=True):
+        out = value <= OUTAGE_SHARE * rate.mean
+        if out and was_out:
+            found[-1] += next_start - start
+        elif out and next_start > start:
+            found.append(next_start - start)
+        was_out = out and bool(found)
+    return found
 
 
 def total(rates: Iterable[Rate]) -> Rate:
