@@ -38,10 +38,12 @@ def plan_of_peer(setup: PeerSetup) -> Plan:
 
 async def _run(plan: Plan, setup: PeerSetup, out: Path) -> int:
     peer, console = PeerId(setup.peer.name), Console(stderr=True, highlight=False)
+    paced = setup.peer.speed is not None
     doors = Doors(
         address(setup.peer.listen),
         address(setup.peer.admin),
         emulate=setup.peer.emulate,
+        paced=paced,
         insecure_plaintext=setup.peer.insecure_plaintext,
         data_share=setup.peer.data_share or 1.0,
     )
@@ -97,7 +99,8 @@ def command(file: str, out: Path | None, **options: Any) -> int:
     try:
         import uvloop
 
-        factory = None if setup.peer.emulate else uvloop.new_event_loop  # whose clock ticks in whole milliseconds
+        exact = setup.peer.emulate or setup.peer.speed is not None
+        factory = None if exact else uvloop.new_event_loop  # whose clock ticks in whole milliseconds
     except ModuleNotFoundError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:

@@ -35,11 +35,12 @@ class PeerFile(Table, frozen=True):
     data_share: Share | None = None
     """Use only this share of this peer's part of the training data; absent = all of it."""
     speed: RawRate = None
-    """Emulated samples per second, in place of the topology's; 0 = the machine's real speed."""
+    """Samples per second to slow steps down to, in place of the topology's; 0 = the machine's real speed."""
     out: str = ""
     """Where log, report and model go; "" = a new directory under ``runs/``."""
     emulate: bool = False
-    """Slow links and steps down to what the topology says; false = the network and the machine as they are."""
+    """Slow links and steps down to what the topology says; false = the network as it is, and the machine too unless
+    ``speed`` is given."""
     insecure_plaintext: bool = False
     peers: dict[str, str] = msgspec.field(default_factory=dict)
     """Addresses of neighbours (host:port, or host:port/mount), in place of the topology's; "" = that one dials us."""

@@ -38,6 +38,11 @@ class Bottleneck:
         self._since_s = self._finish_s = -math.inf
         self._bits = 0
 
+    @property
+    def free_at_s(self) -> float:
+        """When the last of what is booked will be through."""
+        return self._finish_s
+
     def reserve(self, now_s: float, nbytes: int) -> float:
         """Book ``nbytes`` behind everything booked before; the time at which the last of them is through.
 
