@@ -62,6 +62,8 @@ class Played:
     run: read.Run
     summary: Summary
     logs: Mapping[PeerId, bytes]
+    views: Mapping[PeerId, Flat]
+    """What each peer that lived to the end would save and serve."""
 
 
 def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None) -> Played:
@@ -91,7 +93,7 @@ def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | No
         replica_disagreement=disagreement(result.views),
         targets=job.evaluate.targets,
     )
-    return Played(run, summary, logs)
+    return Played(run, summary, logs, result.views)
 
 
 def run_simulation(
