@@ -147,7 +147,7 @@ def peer_process(topology: str, peer: str, batch: int, seconds: float, pipe: Pip
 
             doors = Doors(("127.0.0.1", 0), admin=None, emulate=True)
             async with hosted(plan, PeerId(peer), doors, Path(folder) / "out", addresses) as host:
-                while host.node.state != "training":
+                while host.node.state != "training":  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
                 found = await measure(host, plan, seconds, bare_mb)
                 host.node.stop("measured", leaving=False)
