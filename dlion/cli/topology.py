@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dlion.cli.errors import CONFIGURATION, Fault
+from dlion.cli.frommatrix import from_matrix
 from dlion.config import ConfigError, known, load_topology
 from dlion.mesh.topology import LinkSpec, Speed, Topology
 from dlion.net.wan import Rate
@@ -21,6 +22,9 @@ from dlion.net.wan import Rate
 @click.group(help="Show, check and list topologies.")
 def topology() -> None:
     pass
+
+
+topology.add_command(from_matrix)
 
 
 @topology.command("list")

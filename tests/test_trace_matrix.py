@@ -1,0 +1,95 @@
+"""``topology from-matrix``: links as measured, direction by direction; what was not measured is named, not guessed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dlion.cli.errors import Fault
+from dlion.cli.topology import topology
+from dlion.config import load_topology
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
+
+DATA = Path(os.environ.get("DLION_DATA", Path(__file__).parents[1] / "../shared/data")) / "wan"
+real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded matrices at {DATA} (set DLION_DATA)")
+
+GRID = "src_region,src_tier,dst_region,dst_tier,{}\n"
+
+
+def made(out: Path, *args: str | Path) -> Topology:
+    CliRunner().invoke(topology, ["from-matrix", *map(str, args), "--out", str(out)], catch_exceptions=False)
+    return load_topology(out)
+
+
+def link(one: Topology, source: str, target: str) -> tuple[float, float]:
+    """Bits per second and one-way seconds."""
+    found = one.links[PeerId(source), PeerId(target)]
+    (name,) = found.resources
+    return one.resources[name].rate.at(0), found.delay_s
+
+
+@pytest.fixture
+def grids(tmp_path: Path) -> tuple[Path, Path]:
+    fast, slow = tmp_path / "throughput.csv", tmp_path / "latency.csv"
+    fast.write_text(
+        GRID.format("throughput_received")
+        + "x:1,P,y:1,P,5e9\ny:1,P,x:1,P,2e9\nx:1,P,z,P,1e9\nz,P,x:1,P,1e9\nx:1,S,y:1,S,1e6\n"
+    )
+    slow.write_text(GRID.format("avg_rtt") + "x:1,P,y:1,P,80\ny:1,P,x:1,P,90\nx:1,P,z,P,10\nz,P,x:1,P,10\n")
+    return fast, slow
+
+
+def test_each_direction_has_its_own_rate_and_half_its_round_trip(grids: tuple[Path, Path], tmp_path: Path) -> None:
+    given = ("--throughput", grids[0], "--latency", grids[1], "--tier", "P", "--regions", "x:1,y:1")
+    one = made(tmp_path / "net.toml", *given, "--compute", "100", "--compute", "y:1=50")
+    assert link(one, "x-1-1", "y-1-1") == (5e9, pytest.approx(0.040))
+    assert link(one, "y-1-1", "x-1-1") == (2e9, pytest.approx(0.045))
+    speeds = [peer.speed.samples_per_s.at(0) for peer in one.peers.values() if peer.speed]
+    assert speeds == [100, 50]
+
+
+def test_peers_of_a_region_share_its_path_when_asked(grids: tuple[Path, Path], tmp_path: Path) -> None:
+    given = ("--throughput", grids[0], "--latency", grids[1], "--tier", "P", "--regions", "x:1,y:1")
+    own = made(tmp_path / "own.toml", *given, "--peers-per-region", 2)
+    shared = made(tmp_path / "shared.toml", *given, "--peers-per-region", 2, "--shared")
+    assert (len(own.resources), len(shared.resources)) == (8, 2)
+    assert len(own.links) == len(shared.links) == 12
+
+
+def test_what_was_not_measured_is_named(grids: tuple[Path, Path], tmp_path: Path) -> None:
+    given = ("--throughput", grids[0], "--latency", grids[1], "--tier", "P")
+    with pytest.raises(Fault) as fault:
+        made(tmp_path / "net.toml", *given, "--regions", "x:1,y:1,z")
+    assert "throughput y:1 -> z" in fault.value.why and "latency z -> y:1" in fault.value.why
+    assert not (tmp_path / "net.toml").exists()
+    with pytest.raises(Fault, match="no region 'q'"):
+        made(tmp_path / "net.toml", *given, "--regions", "x:1,q")
+
+
+def test_a_city_matrix_needs_a_stated_bandwidth(tmp_path: Path) -> None:
+    (tmp_path / "rtt.csv").write_text("avg,Oslo,Rome\nOslo,0,40\nRome,42,0\n")
+    with pytest.raises(Fault, match="bandwidths are missing"):
+        made(tmp_path / "net.toml", "--latency", tmp_path / "rtt.csv", "--regions", "Oslo,Rome")
+    given = ("--latency", tmp_path / "rtt.csv", "--bandwidth", "20Mbit", "--regions", "Oslo,Rome")
+    assert link(made(tmp_path / "net.toml", *given), "Rome-1", "Oslo-1") == (20e6, pytest.approx(0.021))
+    assert "as stated, not measured" in (tmp_path / "net.toml").read_text()
+
+
+@real
+def test_recorded_matrices_become_topologies(tmp_path: Path) -> None:
+    regions = "aws:us-east-1,azure:westeurope,gcp:asia-east1-a"
+    sky = DATA / "skyplane"
+    given = ("--throughput", sky / "throughput_2022-01.csv.xz", "--latency", sky / "latency_2022.csv.xz")
+    one = made(tmp_path / "sky.toml", *given, "--tier", "PREMIUM", "--regions", regions)
+    rate, delay_s = link(one, "aws-us-east-1-1", "azure-westeurope-1")
+    assert 1e9 < rate < 1e10 and 0.03 < delay_s < 0.06
+    cities = DATA / "wondernetwork-cities" / "avg_rtt_ms_matrix.csv.gz"
+    made(tmp_path / "c.toml", "--latency", cities, "--bandwidth", "100Mbit", "--regions", "Amsterdam,Austin,Bangkok")
+    dtfm = made(
+        tmp_path / "d.toml", "--throughput", DATA / "dtfm-aws10-delay-bandwidth.csv", "--regions", "Oregon,Ohio"
+    )
+    assert link(dtfm, "Oregon-1", "Ohio-1") == (pytest.approx(1.1e9), pytest.approx(0.049))
