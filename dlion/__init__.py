@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dlion.blocks import Block as Block
-    from dlion.embed import embed as embed
+    from dlion.embedded import embed as embed
     from dlion.exchange.base import Exchange as Exchange
     from dlion.learn.workload import Workload as Workload
     from dlion.messages import Message as Message
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Node": "dlion.node",
-    "embed": "dlion.embed",
+    "embed": "dlion.embedded",
     "Workload": "dlion.learn.workload",
     "Exchange": "dlion.exchange.base",
     "Message": "dlion.messages",

@@ -62,6 +62,8 @@ class Company:
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
         self._seeking = True
+        self._begun = False
+        self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
@@ -84,6 +86,7 @@ class Company:
         """
         wanted, neighbours = self.membership.neighbours, self.neighbours
         neighbours.want(wanted)
+        missing: list[PeerId] = []
         try:
             async with asyncio.timeout(self._settings.start_wait_s):
                 while not stopping() and not all(map(neighbours.connected, wanted)):
@@ -93,10 +96,16 @@ class Company:
             if len(missing) == len(wanted):
                 waited = f"within {self._settings.start_wait_s:g} s"
                 raise Alone(f"{self._me}: no peer reachable {waited}, tried {', '.join(missing)}") from None
-            for peer in missing:
-                self._journal.member(peer, "missing", f"training starts without it ({self._settings.start_wait_s:g} s)")
         neighbours.open_to_new = False
-        self.membership.start()
+        for change in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
+            self._turn(change)
+
+    def begin(self) -> None:
+        """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there."""
+        self._begun = True
+        for item in self._early:
+            self._put(item)
+        self._early.clear()
 
     def rest(self) -> None:
         """Training is over: look for nobody new."""
@@ -164,7 +173,11 @@ class Company:
 
     def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         self._journal.meter.received(peer, len(body))
-        self._put(Heard(peer, stream, seq, body))
+        item = Heard(peer, stream, seq, body)
+        if self._begun or stream == Stream.CONTROL:
+            self._put(item)
+        else:
+            self._early.append(item)
 
     def writable(self, peer: PeerId) -> None:
         self._put(Writable(peer))

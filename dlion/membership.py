@@ -22,14 +22,8 @@ class Membership:
         self.me = me.peer
         self.topology = topology
         self.roster = Roster(me, topology.peers, silent_after_s)
-        self.started = False
         self.plan: Plan = self._replan()
         self._shown = -1
-
-    def start(self) -> None:
-        """From now on only those that were heard of count."""
-        self.started = True
-        self.changed()
 
     def changed(self) -> None:
         """Somebody came, left or fell silent: plan the bridges anew."""
@@ -37,7 +31,7 @@ class Membership:
 
     def _replan(self) -> Plan:
         """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
-        counted = {State.LIVE, State.FINISHED} if self.started else {State.LIVE, State.FINISHED, State.EXPECTED}
+        counted = {State.LIVE, State.FINISHED, State.EXPECTED}
         states = self.roster.states
         live = {p: self._power(p) for p, state in states.items() if state in counted}
         return plan(self.topology, live, silent=[p for p, state in states.items() if state is State.SILENT])

@@ -183,7 +183,9 @@ class Node:
         """Training time starts now."""
         self._zero = self._loop.time()
         self.state = "training"
+        self.learner.batcher.members(self.membership.rates)
         self._put(MembersChanged())
+        self.company.begin()
         self._look()
         if self.settings.until_s is not None:
             end = partial(self.stop, "until", leaving=False)

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from dlion import __version__
 from dlion.cli.build import Plan, workload_of
-from dlion.cli.errors import INTERRUPTED, Fault
+from dlion.cli.errors import INTERRUPTED, TEMPORARY, Fault
 from dlion.cli.host import check_shareable
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
@@ -268,6 +268,9 @@ def finish(summary: Summary, pride: Pride, as_json: bool, out: Path) -> None:
     show_summary(summary, as_json, out)
     page = write_report(out)
     click.echo(f"report: {page or 'needs matplotlib: pip install dlion[report]'}", err=as_json)
+    if pride.target is not None and not pride.reached:
+        why = f"not every peer's accuracy reached {pride.target:g} in {summary['virtual_seconds']:.0f} s"
+        raise Fault(TEMPORARY, "the target was missed", str(out), why, "train longer (--until), or see the report")
     failed = {c.peer: code for c in pride.children.values() if (code := c.process.returncode or 0) > 0}
     if failed:
         names = ", ".join(failed)

@@ -137,15 +137,17 @@ class Context:
 
     @property
     def share(self) -> float:
-        """Our part of the global batch: local batch size / sum of all (Σ over living members = 1)."""
+        """Our part of the global batch: LBS / GBS."""
         return self.share_of(self.me)
 
     def share_of(self, peer: PeerId) -> float:
-        total = sum(m.batch for m in self.members.values())
+        """A living peer's part of the global batch; an equal part while its batch is not known yet."""
         member = self.members.get(peer)
-        if total == 0 or member is None:
+        batch = self.batch if peer == self.me else member.batch if member is not None else 0
+        total = self.global_batch or sum(m.batch for m in self.members.values())
+        if not total or not batch:
             return 1.0 / max(len(self.members), 1)
-        return member.batch / total
+        return batch / total
 
 
 class Exchange:

@@ -6,7 +6,7 @@ directly or through others. Silence is not death: a silent peer is merely not co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -121,6 +121,16 @@ class Roster:
             self.records[peer] = replace(Record(peer), incarnation=incarnation)
         why = "first heard" if state is State.EXPECTED else "heard again"
         return self._turn(peer, State.LIVE, why)
+
+    def presume(self, now: float, missing: Collection[PeerId]) -> list[Change]:
+        """The run begins: whoever is expected counts as living until it has been silent too long; not the missing."""
+        expected = [p for p, s in self.states.items() if s is State.EXPECTED]
+        for peer in expected:
+            self._heard_at[peer] = now
+        return [
+            self._turn(p, State.SILENT, "missing at the start") if p in missing else self._turn(p, State.LIVE, "presumed")
+            for p in expected
+        ]
 
     def finished(self, peer: PeerId, leaving: bool) -> Change | None:
         """The peer said its last word; with ``leaving`` it goes, else it stays to carry on what others say."""
