@@ -61,7 +61,7 @@ def exchange_of(job: Job) -> Exchange:
 def settings_of(job: Job, cls: type[Exchange]) -> dict[str, object]:
     """The strategy's own settings, and the job-wide ones that it takes."""
     settings = dict(job.exchange.settings)
-    if "weighting" in cls.__init__.__annotations__:
+    if "weighting" in getattr(cls.__init__, "__annotations__", {}):
         settings.setdefault("weighting", job.batching.weighting)
     return settings
 
