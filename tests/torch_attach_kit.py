@@ -1,0 +1,130 @@
+"""Peer files, a meeting of peers on free ports, and a plain training loop: for the tests of ``dlion.torch.attach``."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from dlion.config import PeerSetup, load_setup
+from dlion.torch import Options, Pride, attach
+
+FEATURES, CLASSES, BATCH = 6, 3, 8
+MEET_S = 30.0
+
+JOB = """
+[job]
+workload = "the caller's own"
+[exchange]
+name = "{exchange}"
+settings = {{ {settings} }}
+[batching]
+growth = false
+[node]
+drain = "15s"
+"""
+TOPOLOGY = """
+[clouds]
+here.members = [{names}]
+"""
+
+
+def setups(directory: Path, names: Iterable[str], exchange: str = "full", settings: str = "") -> dict[str, PeerSetup]:
+    """One peer file per name, all on one LAN, each on a free port."""
+    names = list(names)
+    (directory / "job.toml").write_text(JOB.format(exchange=exchange, settings=settings))
+    (directory / "net.toml").write_text(TOPOLOGY.format(names=", ".join(f'"{n}"' for n in names)))
+    found = {}
+    for name in names:
+        others = "\n".join(f'{other} = ""' for other in names if other != name)
+        text = (
+            f'name = "{name}"\ntopology = "net.toml"\njob = "job.toml"\nout = "{directory / name}"\n[peers]\n{others}\n'
+        )
+        (directory / f"{name}.toml").write_text(text)
+        found[name] = load_setup(directory / f"{name}.toml", environ={})
+    return found
+
+
+class Meeting:
+    """Where peers tell each other the ports that they were given."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._known: dict[str, str] = {}
+        self._news = threading.Condition()
+        self.seeding = threading.Lock()
+
+    def of(self, name: str) -> Callable[[str], Mapping[str, str]]:
+        def introduce(here: str) -> Mapping[str, str]:
+            with self._news:
+                self._known[name] = here
+                self._news.notify_all()
+                assert self._news.wait_for(lambda: self._names <= self._known.keys(), MEET_S), self._known
+                return {peer: where for peer, where in self._known.items() if peer != name}
+
+        return introduce
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+
+
+def batches(name: str, steps: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(sum(name.encode()))
+    for _ in range(steps):
+        inputs = torch.randn(BATCH, FEATURES, generator=draw)
+        yield inputs, inputs[:, :CLASSES].argmax(1)
+
+
+def loop(pride: Pride, model: nn.Module, data: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """A plain training loop; returns its losses."""
+    losses = []
+    for inputs, targets in data:
+        model.zero_grad()
+        loss = cross_entropy(model(inputs), targets)
+        loss.backward()
+        pride.step(loss)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+
+
+def train(
+    setup: PeerSetup,
+    meeting: Meeting,
+    steps: int,
+    make: Callable[[], nn.Module] = mlp,
+    optimizer: Callable[[nn.Module], Any] = sgd,
+    **options: Any,
+) -> tuple[nn.Module, list[float]]:
+    """One user: makes a model, attaches, trains, leaves. Returns the model and its losses."""
+    with meeting.seeding:  # torch's generator is all threads'
+        torch.manual_seed(0)
+        name, model = setup.peer.name, make()
+    with attach(
+        model, optimizer(model), setup, batch_size=BATCH, options=Options(addresses=meeting.of(name)), **options
+    ) as pride:
+        assert pride.batch_size == BATCH
+        losses = loop(pride, model, batches(name, steps))
+    return model, losses
+
+
+def side_by_side(users: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Each user on a thread of its own; what each returned, or the first thing that one raised."""
+    with ThreadPoolExecutor(len(users), thread_name_prefix="user") as pool:
+        futures = {name: pool.submit(user) for name, user in users.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+def values(model: nn.Module) -> torch.Tensor:
+    """Trainable values, flat."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
