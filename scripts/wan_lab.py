@@ -1,0 +1,350 @@
+"""Peers as separate hosts on this machine: own addresses, kernel TCP, and a WAN between them outside the program.
+
+    sudo python scripts/wan_lab.py [--topology hetero-system] [--until 30s] [--kill b1@20] [--out DIR] [--json]
+
+Linux, root. Each ``dlion peer`` runs in a network namespace of its own with one address; between them lies
+``wan_router`` with the topology's rates, delays, outages and shared resources. The peers' own shaping is off; their
+steps are still slowed down to the topology's speeds. Logs, plan, summary and report are gathered as by ``dlion up``;
+``router.json`` says what each link carried and how late the router was.
+
+Law: makes namespaces, devices and processes, and removes each one it made, also on failure and Ctrl-C. Touches no
+address or device outside its own namespaces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+import dlion
+from dlion.cli.build import Plan
+from dlion.cli.errors import CONFIGURATION, DRAIN_CUT_SHORT, INTERRUPTED, REFUSED, Fault
+from dlion.cli.host import SNAPSHOTS
+from dlion.cli.options import changes_of, flags_of, plan_of
+from dlion.cli.planfile import save_plan
+from dlion.cli.show import show_summary
+from dlion.cli.simulate import parse_death
+from dlion.cli.up import Pride, default_out, write_report
+from dlion.config.find import find
+from dlion.config.units import seconds
+from dlion.messages import PeerId
+from dlion.net.wan import Rate
+from dlion.observe.summary import Summary
+from dlion.simulation import Death
+
+sys.path.insert(0, str(Path(__file__).parent))
+from wan_router import DEVICE, Router, move_device, open_device
+
+NETWORK = IPv4Address("10.66.0.0")
+PORT = 7100
+START_S = 120.0
+GRACE_S = 15.0
+"""After the drain's own limit, before a process that does not end is killed."""
+LATE_S_MAX = 0.005
+"""A run in which more than 1 % of the packets were later than this is void: the machine was too busy to be a WAN."""
+
+
+def forbidden() -> str:
+    """Why namespaces and TUN devices cannot be had here; empty when they can."""
+    if sys.platform != "linux":
+        return "network namespaces need Linux"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "the command ip is missing (package iproute2)"
+    name = f"dlion-probe-{os.getpid()}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
+    if made.returncode:
+        return f"ip netns add: {made.stderr.strip()}"
+    try:
+        os.close(open_device(f"dlp{os.getpid()}"))
+    except OSError as error:
+        return f"/dev/net/tun: {error.strerror}"
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=False)
+    return ""
+
+
+@dataclass
+class Host:
+    """One peer's namespace, directory and process."""
+
+    peer: PeerId
+    address: IPv4Address
+    namespace: str
+    directory: Path
+    device: int = -1
+    process: subprocess.Popen[bytes] | None = None
+    killed: bool = False
+
+
+@dataclass
+class Lab:
+    """The hosts of one run, and what lies between them."""
+
+    plan: Plan
+    out: Path
+    job: str
+    topology_file: Path
+    flags: list[str]
+    """Options of ``dlion peer``."""
+    deaths: tuple[Death, ...] = ()
+    queue_s: float = 0.2
+    congestion: str = ""
+    hosts: dict[PeerId, Host] = field(default_factory=dict)
+    stopping: str = ""
+
+    def __post_init__(self) -> None:
+        for number, peer in enumerate(self.plan.peers, start=1):
+            namespace = f"dlion-{os.getpid()}-{peer}"
+            self.hosts[peer] = Host(peer, NETWORK + number, namespace, self.out / "hosts" / peer)
+
+    # -- hosts --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def built(self) -> Iterator[None]:
+        """The namespaces and their devices are there; afterwards they and every process in them are gone."""
+        try:
+            for number, host in enumerate(self.hosts.values()):
+                subprocess.run(["ip", "netns", "add", host.namespace], check=True)
+                name = f"dl{os.getpid()}x{number}"
+                host.device = open_device(name)
+                move_device(name, host.namespace, host.address)
+                if self.congestion:
+                    order = f"echo {self.congestion} > /proc/sys/net/ipv4/tcp_congestion_control"
+                    subprocess.run(["ip", "netns", "exec", host.namespace, "sh", "-c", order], check=True)
+            yield
+        finally:
+            for host in self.hosts.values():
+                end(host.process)
+                if host.device >= 0:
+                    os.close(host.device)
+                subprocess.run(["ip", "netns", "del", host.namespace], check=False, capture_output=True)
+
+    def start(self) -> None:
+        """All peers, in any order."""
+        (self.out / SNAPSHOTS).mkdir(parents=True)
+        for host in self.hosts.values():
+            host.directory.mkdir(parents=True)
+            (host.directory / SNAPSHOTS).symlink_to(Path("../..") / SNAPSHOTS)  # one evaluator serves all
+            file = host.directory / "peer.toml"
+            file.write_text(self.peer_file(host))
+            words = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "dlion", "peer", str(file)]
+            with (host.directory / "output.txt").open("wb") as output:
+                host.process = spawn([*words, "--out", str(host.directory), *self.flags], output)
+
+    def peer_file(self, host: Host) -> str:
+        """TOML: links as they are, steps slowed down."""
+        speed = self.plan.topology.peers[host.peer].speed
+        lines = {
+            "name": json.dumps(host.peer),
+            "listen": json.dumps(f"{host.address}:{PORT}"),
+            "topology": json.dumps(str(self.topology_file.resolve())),
+            "job": json.dumps(self.job),
+            "insecure_plaintext": "true # inside namespaces that nobody else can reach",
+        }
+        if speed is not None:
+            lines["speed"] = rate_toml(speed.samples_per_s)
+        peers = [f'{peer} = "{other.address}:{PORT}"' for peer, other in self.hosts.items() if other is not host]
+        return "\n".join([*(f"{key} = {value}" for key, value in lines.items()), "", "[peers]", *peers, ""])
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Router:
+        """Start all, carry their packets until all have ended. Raises Fault when a peer does not start."""
+        devices = {peer: host.device for peer, host in self.hosts.items()}
+        addresses = {peer: host.address for peer, host in self.hosts.items()}
+        router = Router(self.plan.topology, addresses, devices, self.queue_s)
+        self.start()
+        os.setpriority(os.PRIO_PROCESS, 0, -10)  # a network waits for no process; the peers have ours as it was
+        job = self.plan.job
+        limit = time.monotonic() + START_S + job.job.until_s + job.node.drain_s + GRACE_S
+        deaths = list(self.deaths)
+
+        def done() -> bool:
+            for death in [d for d in deaths if router.now_s >= d.at_s]:
+                deaths.remove(death)
+                self.kill(death.peer)
+            if time.monotonic() > limit:
+                raise Fault(CONFIGURATION, "the peers do not end", str(self.out), "see hosts/*/output.txt")
+            return all(host.process is None or host.process.poll() is not None for host in self.hosts.values())
+
+        router.serve(done)
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        return router
+
+    def kill(self, peer: PeerId) -> None:
+        """As a power cut."""
+        host = self.hosts[peer]
+        if host.process is not None and host.process.poll() is None:
+            host.killed = True
+            host.process.kill()
+
+    def stop(self, number: int, _: object) -> None:
+        """Signal handler: first all drain, then all is torn down."""
+        if self.stopping:
+            raise Fault(INTERRUPTED, "interrupted twice")
+        self.stopping = signal.Signals(number).name
+        for host in self.hosts.values():
+            if host.process is not None and host.process.poll() is None:
+                host.process.terminate()
+
+    def gather(self) -> None:
+        """Every host's log and model into the run's directory."""
+        for host in self.hosts.values():
+            for path in (*host.directory.glob("*.jsonl"), *host.directory.glob("*.json"), *host.directory.glob("*.s*s")):
+                if path.name.startswith(f"{host.peer}."):
+                    shutil.copy2(path, self.out / path.name)
+
+    def failed(self) -> dict[str, int]:
+        """Exit codes of the peers that failed by themselves."""
+        codes = {h.peer: h.process.returncode for h in self.hosts.values() if h.process is not None and not h.killed}
+        return {peer: code for peer, code in codes.items() if code not in (0, DRAIN_CUT_SHORT)}
+
+
+def rate_toml(rate: Rate) -> str:
+    """``rate`` as a value of a TOML file. Raises Fault for one that a file cannot say."""
+    if rate.values == rate.values[:1] * len(rate.values):
+        return repr(rate.values[0])
+    if rate.origin_s and not rate.looped:
+        raise Fault(CONFIGURATION, "a speed that begins in mid-trace and does not loop", advice="loop the trace")
+    steps = ", ".join(f"[{start!r}, {value!r}]" for start, value in zip(rate.starts, rate.values, strict=True))
+    loop = f", loop = {rate.period_s!r}, offset = {math.fmod(-rate.origin_s, rate.period_s)!r}" if rate.looped else ""
+    return f"{{ steps = [{steps}]{loop} }}"
+
+
+def spawn(words: list[str], output: Any, **more: Any) -> subprocess.Popen[bytes]:
+    """A process that a terminal's Ctrl-C does not reach, and that imports the dlion that we do."""
+    source = str(Path(dlion.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH", ""))))
+    environment = os.environ | {"PYTHONPATH": path}
+    return subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True, **more)
+
+
+def end(process: subprocess.Popen[bytes] | None) -> None:
+    """Ask, wait, kill."""
+    if process is None or process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def evaluator(out: Path) -> Iterator[None]:
+    """Measures snapshots beside the run; leaving waits until none is left."""
+    with (out / "evaluate.txt").open("wb") as output:
+        process = spawn([sys.executable, "-m", "dlion", "evaluate", str(out)], output, stdin=subprocess.PIPE)
+    try:
+        yield
+        assert process.stdin is not None
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(START_S)
+    finally:
+        end(process)
+
+
+@contextmanager
+def signals(lab: Lab) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the lab while this lasts."""
+    before = {number: signal.signal(number, lab.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_lab(lab: Lab) -> tuple[Summary, dict[str, Any]]:
+    """Run, gather, summarise: the summary and the router's report."""
+    save_plan(lab.plan, lab.out)
+    started, before = time.perf_counter(), time.process_time()
+    with lab.built(), signals(lab), evaluator(lab.out):
+        router = lab.run()
+        wall_s, cpu_s = time.perf_counter() - started, time.process_time() - before
+    lab.gather()
+    report = router.report() | {"device": DEVICE, "cpu_share": round(cpu_s / wall_s, 4)}
+    (lab.out / "router.json").write_text(json.dumps(report, indent=1) + "\n")
+    if failed := lab.failed():
+        first = next(iter(failed))
+        said = (lab.hosts[PeerId(first)].directory / "output.txt").read_text(errors="replace")[-2000:]
+        raise Fault(min(c if c > 0 else 1 for c in failed.values()), f"{', '.join(failed)} failed", str(lab.out), said)
+    summary = Pride(lab.plan, lab.out, None, click.echo).summary(wall_s)
+    summary["void"] = summary["void"] or router.late_s(0.99) > LATE_S_MAX
+    (lab.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
+    return summary, report
+
+
+def peer_flags(options: Mapping[str, Any]) -> list[str]:
+    """The options of ``dlion peer`` that say the same."""
+    sets = [*options["sets"], *([f"job.seed={options['seed']}"] if options["seed"] is not None else [])]
+    flags = [word for text in sets for word in ("--set", text)]
+    for name in ("until", "exchange"):
+        if options[name] is not None:
+            flags += [f"--{name}", options[name]]
+    return flags
+
+
+@click.command()
+@click.option("--job", default="digits", show_default=True, help="What to train: a packaged name or a TOML file.")
+@click.option("--topology", default="hetero-system", show_default=True, help="Who and over what: a name or a file.")
+@click.option("--exchange", help="The strategy, in place of the job's.", metavar="NAME")
+@click.option("--until", help="How long to train.", metavar="DURATION")
+@click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A key of the job.")
+@click.option("--kill", "kills", multiple=True, metavar="PEER@SECONDS", help="SIGKILL to that peer, then.")
+@click.option("--queue", default="200ms", show_default=True, help="Of each resource, at its mean rate.")
+@click.option("--congestion", default="", help="TCP's congestion control; default: the system's.", metavar="NAME")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="A new directory.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
+def main(as_json: bool, **options: Any) -> None:
+    """Run every peer of a topology as a host of its own, with kernel TCP and a WAN outside the program."""
+    if reason := forbidden():
+        raise Fault(REFUSED, "no hosts can be made here", why=reason, advice="run as root on Linux, or use dlion up")
+    if changes_of(options):
+        raise click.BadParameter("only keys of the job; write the network into a topology file", param_hint="--set")
+    flags_of(options)
+    plan = plan_of(options | {"pace": None, "talk": None, "start": None, "data": None})
+    job = str(Path(options["job"]).resolve()) if options["job"].endswith(".toml") else options["job"]
+    topology_file = find("topology", options["topology"]).path
+    out = options["out"] or default_out(plan)
+    out.mkdir(parents=True)
+    deaths = tuple(map(parse_death, options["kills"]))
+    lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, seconds(options["queue"]), options["congestion"])
+    click.echo(f"dlion {dlion.__version__}  {plan.run}  {len(plan.peers)} hosts; logs: {out}", err=True)
+    summary, report = run_lab(lab)
+    show_summary(summary, as_json, out)
+    late, dropped = report["late_ms"]["p99"], sum(link["dropped"] for link in report["links"].values())
+    page = write_report(out)
+    click.echo(
+        f"router: {report['cpu_share']:.0%} of a core, 99 % of packets at most {late} ms late, {dropped} bursts dropped"
+        f"{'; void: the machine was too busy' if summary['void'] else ''}\nreport: {page or 'needs matplotlib'}",
+        err=True,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Fault as fault:
+        click.echo(fault.text(), err=True)
+        sys.exit(fault.code)
