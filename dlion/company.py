@@ -16,7 +16,7 @@ from dlion.farewell import DONE_FIELDS, Farewell
 from dlion.journal import Journal
 from dlion.lane import Heard, Item, MembersChanged, Writable
 from dlion.membership import Membership
-from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, record_of
+from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Identity, Neighbours
@@ -97,8 +97,8 @@ class Company:
                 waited = f"within {self._settings.start_wait_s:g} s"
                 raise Alone(f"{self._me}: no peer reachable {waited}, tried {', '.join(missing)}") from None
         neighbours.open_to_new = False
-        for change in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
-            self._turn(change)
+        for turn in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
+            self._turn(turn)
 
     def begin(self) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there."""
@@ -148,8 +148,8 @@ class Company:
         roster.speak(**own)
         for peer, connection in self.neighbours.connections.items():
             if connection.connected:
-                for record in roster.news_for(peer, self.membership.subjects(peer)):
-                    self.tell((peer,), Message("~status", fields=record.fields(), stream=Stream.CONTROL))
+                for text in news_texts(self.membership.news(peer)):
+                    self.tell((peer,), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
 
     def pass_on(self) -> None:
         """Last words go on behind what they must not overtake."""
@@ -187,6 +187,7 @@ class Company:
         self._turn(roster.alive(peer, incarnation, asyncio.get_running_loop().time()))
         roster.version += 1
         self._put(MembersChanged())
+        self._put(Writable(peer))  # what it was owed meanwhile may go
         self._wake()
 
     def down(self, peer: PeerId, reason: str) -> None:
@@ -217,12 +218,7 @@ class Company:
         """A message of the node's own kinds."""
         match message.kind:
             case "~status":
-                try:
-                    record = record_of(message.fields)
-                except ValueError as error:
-                    self.refuse(message.hop, str(error))
-                else:
-                    self._turn(self.membership.roster.hear(record, asyncio.get_running_loop().time()))
+                self._news(message)
             case "~done" if message.fields["peer"] not in self._topology.peers:
                 self.refuse(message.hop, "~done: of a peer that is not in the topology")
             case "~done":
@@ -233,6 +229,17 @@ class Company:
                 self.farewell.bye(message.hop)
             case "~refused":
                 self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
+
+    def _news(self, message: Message) -> None:
+        """What a neighbour has heard of others, and of itself."""
+        try:
+            records = records_of(str(message.fields["news"]))
+        except ValueError as error:
+            self.refuse(message.hop, f"~status: {error}")
+            return
+        now = asyncio.get_running_loop().time()
+        for record in records:
+            self._turn(self.membership.roster.hear(record, message.hop, now))
 
     # -- who is there -------------------------------------------------------------------------------------------
 
