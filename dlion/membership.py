@@ -48,25 +48,29 @@ class Membership:
     def onward(self, came_from: PeerId | None, origin: PeerId) -> tuple[PeerId, ...]:
         return self.plan.onward(self.me, came_from, self.topology.cloud_of(origin))
 
-    def subjects(self, neighbour: PeerId) -> list[PeerId]:
-        """Peers whose news we carry to ``neighbour``: ourselves, and those it has no link to."""
-        if self.topology.talk == "mesh":
-            return [self.me]
-        near = self.plan.neighbours(neighbour)
-        return [p for p in self.roster.records if p == self.me or (p not in near and p != neighbour)]
+    def news(self, neighbour: PeerId) -> list[Record]:
+        """What to tell ``neighbour``: our own record, and those of peers to which it has no link. What one of our
+        micro-cloud told us it told the others of it too."""
+        cloud_of, near = self.topology.cloud_of, frozenset(self.plan.neighbours(neighbour))
+        home = cloud_of(self.me)
+        mate = cloud_of(neighbour) == home
+
+        def carried(peer: PeerId, teller: PeerId) -> bool:
+            return peer not in near and not (mate and cloud_of(teller) == home)
+
+        return self.roster.news_for(neighbour, _nobody if self.topology.talk == "mesh" else carried)
 
     def show(self, ctx: Context, met: Collection[PeerId]) -> bool:
         """Bring ``ctx`` up to date; True when its links are new. Called between two batches of the exchange lane."""
-        if self._shown == self.roster.version:
-            return False
-        self._shown = self.roster.version
         roster, topology = self.roster, self.topology
+        fresh, roster.fresh = roster.fresh, {}
+        if self._shown == roster.version:
+            ctx.members.update((p, self._member(p)) for p in fresh if p in ctx.members)
+            return False
+        self._shown = roster.version
         live = roster.live
         ctx.routes = self.plan.routes(self.me)
-        ctx.members = {
-            p: Member(p, topology.cloud_of(p), (r := roster.records[p]).step, r.samples_per_s, r.batch, r.loss)
-            for p in live
-        }
+        ctx.members = {p: self._member(p) for p in live}
         known = {**ctx.silent, **ctx.links}
         links = {
             p: known.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
@@ -76,6 +80,10 @@ class Membership:
         ctx.links = {p: link for p, link in links.items() if p in ctx.members and p in self.neighbours}
         ctx.silent = {p: link for p, link in links.items() if roster.states[p] is State.SILENT}
         return True
+
+    def _member(self, peer: PeerId) -> Member:
+        r = self.roster.records[peer]
+        return Member(peer, self.topology.cloud_of(peer), r.step, r.samples_per_s, r.batch, r.loss)
 
     def heard_of(self, peer: PeerId, incarnation: int) -> bool:
         """News of this very incarnation has come, directly or through others."""
@@ -90,3 +98,7 @@ class Membership:
     def samples(self) -> int:
         """Samples processed by all peers, as far as heard."""
         return sum(r.samples for r in self.roster.records.values())
+
+
+def _nobody(peer: PeerId, teller: PeerId) -> bool:
+    return False

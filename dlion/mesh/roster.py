@@ -6,11 +6,19 @@ directly or through others. Silence is not death: a silent peer is merely not co
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-from dlion.messages import PeerId, Scalar
+import msgspec
+from msgspec.structs import replace
+
+from dlion.messages import PeerId
+
+NEWS_RECORDS_MAX = 32
+"""Records in one message: its text stays below what a field may hold."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 
 
 class State(StrEnum):
@@ -23,41 +31,37 @@ class State(StrEnum):
     LEFT = "left"
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """What a peer says of itself. A higher (incarnation, beat) supersedes."""
 
     peer: PeerId
-    incarnation: int = 0
-    beat: int = 0
-    step: int = 0
-    samples: int = 0
-    samples_per_s: float = 0.0
-    batch: int = 0
+    incarnation: Count = 0
+    beat: Count = 0
+    step: Count = 0
+    samples: Count = 0
+    samples_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    batch: Count = 0
     loss: float = 0.0
 
-    def fields(self) -> dict[str, Scalar]:
-        return {name: getattr(self, name) for name in STATUS_FIELDS}
+
+STATUS_FIELDS: Mapping[str, type] = {"news": str}
+"""Of the message that carries records: a JSON array of them, each an array of its fields."""
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(list[Record]).decode
 
 
-STATUS_FIELDS: Mapping[str, type] = {
-    "peer": str,
-    "incarnation": int,
-    "beat": int,
-    "step": int,
-    "samples": int,
-    "samples_per_s": float,
-    "batch": int,
-    "loss": float,
-}
+def news_texts(records: Sequence[Record]) -> list[str]:
+    """``records`` as texts of at most NEWS_RECORDS_MAX each."""
+    starts = range(0, len(records), NEWS_RECORDS_MAX)
+    return [_encode(records[start : start + NEWS_RECORDS_MAX]).decode() for start in starts]
 
 
-def record_of(fields: Mapping[str, Scalar]) -> Record:
-    """Inverse of ``Record.fields``; raises ValueError for impossible values."""
-    record = Record(**{name: fields[name] for name in STATUS_FIELDS})  # type: ignore[arg-type]
-    if min(record.incarnation, record.beat, record.step, record.samples, record.batch) < 0 or record.samples_per_s < 0:
-        raise ValueError(f"status of {record.peer!r}: negative counts")
-    return record
+def records_of(text: str) -> list[Record]:
+    """The records in one text of ``news_texts``; raises ValueError for anything else."""
+    records = _decode(text)
+    if len(records) > NEWS_RECORDS_MAX:
+        raise ValueError(f"news of {len(records)} peers at once; at most {NEWS_RECORDS_MAX}")
+    return records
 
 
 @dataclass(frozen=True)
@@ -81,31 +85,48 @@ class Roster:
         self.records[me.peer] = me
         self.states[me.peer] = State.LIVE
         self._heard_at: dict[PeerId, float] = {}
-        self._told: dict[PeerId, dict[PeerId, tuple[int, int]]] = {}
+        self._news: dict[PeerId, int] = {}
+        """Number of each record's last change, in the order of these numbers."""
+        self._teller: dict[PeerId, PeerId] = {}
+        """Which neighbour told us of it."""
+        self._told: dict[PeerId, int] = {}
+        """Up to which number each neighbour was told."""
+        self._changes = 0
+        self._live: tuple[PeerId, ...] | None = None
         self.version = 0
-        """Grows with every change of a state or a record."""
+        """Grows with every change of a state."""
+        self.fresh: dict[PeerId, None] = {}
+        """Whose record changed since somebody last emptied this."""
 
     @property
     def live(self) -> tuple[PeerId, ...]:
         """Peers that count (ourselves included), in sorted order."""
-        return tuple(p for p, s in self.states.items() if s in (State.LIVE, State.FINISHED))
+        if self._live is None:
+            self._live = tuple(p for p, s in self.states.items() if s is State.LIVE or s is State.FINISHED)
+        return self._live
 
     def speak(self, **changes: int | float) -> Record:
         """Bring our own record up to date and give it a new beat."""
         self.me = replace(self.me, beat=self.me.beat + 1, **changes)  # type: ignore[arg-type]
-        self.records[self.me.peer] = self.me
-        self.version += 1
+        self._note(self.me, self.me.peer)
         return self.me
 
-    def hear(self, record: Record, now: float) -> Change | None:
-        """News of a peer, from itself or passed on. Returns the change of state it makes, if any."""
+    def _note(self, record: Record, teller: PeerId) -> None:
+        self._changes += 1
+        self._news.pop(record.peer, None)
+        self._news[record.peer] = self._changes
+        self._teller[record.peer] = teller
+        self.records[record.peer] = record
+        self.fresh[record.peer] = None
+
+    def hear(self, record: Record, teller: PeerId, now: float) -> Change | None:
+        """News of a peer, told by itself or by another. Returns the change of state it makes, if any."""
         known = self.records.get(record.peer)
         if known is None or record.peer == self.me.peer:
             return None
         if (record.incarnation, record.beat) <= (known.incarnation, known.beat):
             return None
-        self.records[record.peer] = record
-        self.version += 1
+        self._note(record, teller)
         return self.alive(record.peer, record.incarnation, now)
 
     def alive(self, peer: PeerId, incarnation: int, now: float) -> Change | None:
@@ -155,19 +176,23 @@ class Roster:
         ]
         return [self._turn(p, State.SILENT, f"silent for {self.silent_after_s:g} s") for p in late]
 
-    def news_for(self, neighbour: PeerId, subjects: Iterable[PeerId]) -> list[Record]:
-        """Records among ``subjects`` that ``neighbour`` was not told yet; marks them as told."""
-        told = self._told.setdefault(neighbour, {})
+    def news_for(self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool]) -> list[Record]:
+        """Records that changed since ``neighbour`` was last told, the newest first: our own, and those of peers that
+        we have to carry to it, ``carried(peer, teller)``. Costs as much as there is news, not as there are peers."""
+        told, me = self._told.get(neighbour, 0), self.me.peer
         news = []
-        for peer in subjects:
-            record = self.records[peer]
-            stamp = (record.incarnation, record.beat)
-            if peer != neighbour and record.beat and told.get(peer, (0, 0)) < stamp:
-                told[peer] = stamp
-                news.append(record)
+        for peer, number in reversed(self._news.items()):
+            if number <= told:
+                break
+            teller = self._teller[peer]
+            if peer == me or (peer != neighbour and teller != neighbour and carried(peer, teller)):
+                news.append(self.records[peer])
+        self._told[neighbour] = self._changes
         return news
 
     def _turn(self, peer: PeerId, state: State, why: str) -> Change:
         self.states[peer] = state
+        self._live = None
+        self.fresh[peer] = None
         self.version += 1
         return Change(peer, state, self.records[peer].incarnation, why)
