@@ -262,15 +262,15 @@ def test_an_error_in_the_loop_leaves_politely(tmp_path: Path) -> None:
             yield from batches("a", 3)
             raise LookupError("the data are gone")
 
-        model = mlp()
-        with pytest.raises(LookupError, match="the data are gone"):
-            with attach(model, sgd(model), peers["a"], options=Options(addresses=meeting.of("a"))) as pride:
-                loop(pride, model, data())
+        model, options = mlp(), Options(addresses=meeting.of("a"))
+        lost = pytest.raises(LookupError, match="the data are gone")
+        with lost, attach(model, sgd(model), peers["a"], options=options) as pride:
+            loop(pride, model, data())
 
     users = side_by_side({"a": breaks, "b": lambda: train(peers["b"], meeting, 12)})
     assert len(users["b"][1]) == 12
     members = [e.state for e in logged(tmp_path / "b") if isinstance(e, runlog.Member) and e.peer == "a"]
-    assert members[-1] == "left", members
+    assert "left" in members, members
 
 
 def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
@@ -287,12 +287,11 @@ def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
 
     other = threading.Thread(target=idles)
     other.start()
-    model = mlp()
+    model, options = mlp(), Options(addresses=meeting.of("a"))
     try:
-        with pytest.raises(KeyboardInterrupt):
-            with attach(model, sgd(model), peers["a"], options=Options(addresses=meeting.of("a"))) as pride:
-                waiting.set()
-                loop(pride, model, batches("a", 3))
+        with pytest.raises(KeyboardInterrupt), attach(model, sgd(model), peers["a"], options=options) as pride:
+            waiting.set()
+            loop(pride, model, batches("a", 3))
     finally:
         over.set()
         other.join(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ class Meeting:
                 self._news.notify_all()
                 assert self._news.wait_for(lambda: self._names <= self._known.keys(), MEET_S), self._known
                 return {peer: where for peer, where in self._known.items() if peer != name}
+
+        return introduce
+
+
+class StoreMeeting(Meeting):
+    """The same between processes: over a file that they all see."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self._store = torch.distributed.FileStore(str(path))
+        self._store.set_timeout(timedelta(seconds=MEET_S))
+
+    def of(self, name: str) -> Callable[[str], Mapping[str, str]]:
+        def introduce(here: str) -> Mapping[str, str]:
+            self._store.set(name, here)
+            return {peer: self._store.get(peer).decode() for peer in self._names - {name}}
 
         return introduce
 
