@@ -83,8 +83,9 @@ class Spread(Exchange):
         with the old bridge will not come, and nobody may wait for it."""
         near = {*ctx.links, *ctx.silent}
         self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
-        before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud))
-        fresh = sorted(self._beside - before & set(ctx.links))
+        beside = ctx.links.keys() & set(ctx.routes.onward(None, ctx.cloud))
+        fresh = sorted(beside - self._beside) if self._last else []
+        self._beside = beside | (self._beside & near)
         nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
         for peer in fresh:
             theirs = {p for p, member in ctx.members.items() if member.cloud == ctx.links[peer].cloud and p != ctx.me}
