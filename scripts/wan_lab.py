@@ -207,7 +207,11 @@ class Lab:
     def gather(self) -> None:
         """Every host's log and model into the run's directory."""
         for host in self.hosts.values():
-            for path in (*host.directory.glob("*.jsonl"), *host.directory.glob("*.json"), *host.directory.glob("*.s*s")):
+            for path in (
+                *host.directory.glob("*.jsonl"),
+                *host.directory.glob("*.json"),
+                *host.directory.glob("*.s*s"),
+            ):
                 if path.name.startswith(f"{host.peer}."):
                     shutil.copy2(path, self.out / path.name)
 
@@ -284,7 +288,9 @@ def run_lab(lab: Lab) -> tuple[Summary, dict[str, Any]]:
     lab.gather()
     report = router.report() | {"device": DEVICE, "cpu_share": round(cpu_s / wall_s, 4)}
     (lab.out / "router.json").write_text(json.dumps(report, indent=1) + "\n")
-    if failed := lab.failed():
+    if (failed := lab.failed()) and lab.stopping:
+        raise Fault(INTERRUPTED, f"{lab.stopping} before all had begun", str(lab.out))
+    if failed:
         first = next(iter(failed))
         said = (lab.hosts[PeerId(first)].directory / "output.txt").read_text(errors="replace")[-2000:]
         raise Fault(min(c if c > 0 else 1 for c in failed.values()), f"{', '.join(failed)} failed", str(lab.out), said)
@@ -329,7 +335,9 @@ def main(as_json: bool, **options: Any) -> None:
     out = options["out"] or default_out(plan)
     out.mkdir(parents=True)
     deaths = tuple(map(parse_death, options["kills"]))
-    lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, seconds(options["queue"]), options["congestion"])
+    lab = Lab(
+        plan, out, job, topology_file, peer_flags(options), deaths, seconds(options["queue"]), options["congestion"]
+    )
     click.echo(f"dlion {dlion.__version__}  {plan.run}  {len(plan.peers)} hosts; logs: {out}", err=True)
     summary, report = run_lab(lab)
     show_summary(summary, as_json, out)

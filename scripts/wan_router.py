@@ -113,6 +113,8 @@ class Router:
     """On the monotonic clock; not a number before the first packet."""
     stray: int = 0
     """Packets between hosts that no link joins."""
+    refused: int = 0
+    """Packets that the receiver's device did not take."""
     _lanes: dict[bytes, Lane] = field(default_factory=dict)
     _flying: list[tuple[float, int, Lane, bytes]] = field(default_factory=list)
     _number: int = 0
@@ -188,7 +190,7 @@ class Router:
             try:
                 os.write(lane.fd, packet)
             except OSError:  # the device is down or full: lost, as on any host
-                lane.dropped += 1
+                self.refused += 1
 
     def late_s(self, share: float) -> float:
         """Of all packets, ``share`` were at most this late."""
@@ -208,12 +210,19 @@ class Router:
             if x.packets or x.dropped
         }
         late_ms = {f"p{share:g}": round(1e3 * self.late_s(share / 100), 2) for share in (50, 99, 99.9)}
-        return {"seconds": round(self.now_s, 3), "late_ms": late_ms, "stray": self.stray, "links": links}
+        return {
+            "seconds": round(self.now_s, 3),
+            "late_ms": late_ms,
+            "stray": self.stray,
+            "refused": self.refused,
+            "links": links,
+        }
 
 
 def wire_bytes(packet: bytes) -> int:
     """Bytes of IP that a burst is on a wire: each of its segments has headers of its own."""
-    _, segmentation, header_bytes, segment_bytes, _, _ = _VNET.unpack_from(packet)
+    header: tuple[int, ...] = _VNET.unpack_from(packet)
+    _, segmentation, header_bytes, segment_bytes, _, _ = header
     nbytes = len(packet) - _VNET.size
     if not segmentation or not segment_bytes:
         return nbytes
