@@ -144,8 +144,10 @@ class Company:
 
     def gossip(self, **own: int | float) -> None:
         """Tell each neighbour our own record, brought up to date, and those that it hears only through us."""
-        roster = self.membership.roster
-        roster.speak(**own)
+        self.membership.roster.speak(**own)
+        self._spread_news()
+
+    def _spread_news(self) -> None:
         for peer, connection in self.neighbours.connections.items():
             if connection.connected:
                 for text in news_texts(self.membership.news(peer)):
@@ -260,6 +262,8 @@ class Company:
         if change.state is State.LEFT:
             self.neighbours.forget(change.peer)
         self.membership.changed()
+        if change.state is State.SILENT:
+            self._spread_news()
         if self._seeking:
             self.neighbours.want(self.membership.neighbours)
         self._put(MembersChanged())

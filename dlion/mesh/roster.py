@@ -2,6 +2,7 @@
 
 Law: pure; ``now`` is an argument. Liveness is one rule for everybody: a peer is alive while news of it keeps coming,
 directly or through others. Silence is not death: a silent peer is merely not counted, and counts again when heard.
+Who finds a peer silent tells the others up to which beat it was heard; who knows of a later beat does not believe it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class State(StrEnum):
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What a peer says of itself. A higher (incarnation, beat) supersedes."""
+    """What a peer says of itself, and whether others found it silent after that. A higher ``stamp`` supersedes."""
 
     peer: PeerId
     incarnation: Count = 0
@@ -42,6 +43,11 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     samples_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     batch: Count = 0
     loss: float = 0.0
+    silent: bool = False
+
+    @property
+    def stamp(self) -> tuple[int, int, bool]:
+        return self.incarnation, self.beat, self.silent
 
 
 STATUS_FIELDS: Mapping[str, type] = {"news": str}
@@ -107,7 +113,7 @@ class Roster:
 
     def speak(self, **changes: int | float) -> Record:
         """Bring our own record up to date and give it a new beat."""
-        self.me = replace(self.me, beat=self.me.beat + 1, **changes)  # type: ignore[arg-type]
+        self.me = replace(self.me, beat=self.me.beat + 1, **changes)
         self._note(self.me, self.me.peer)
         return self.me
 
@@ -124,9 +130,12 @@ class Roster:
         known = self.records.get(record.peer)
         if known is None or record.peer == self.me.peer:
             return None
-        if (record.incarnation, record.beat) <= (known.incarnation, known.beat):
+        if record.stamp <= known.stamp:
             return None
         self._note(record, teller)
+        if record.silent:
+            counted = self.states[record.peer] in (State.LIVE, State.FINISHED)
+            return self._turn(record.peer, State.SILENT, "others found it silent") if counted else None
         return self.alive(record.peer, record.incarnation, now)
 
     def alive(self, peer: PeerId, incarnation: int, now: float) -> Change | None:
@@ -138,8 +147,8 @@ class Roster:
         renewed = incarnation > self.records[peer].incarnation
         if state is State.LIVE or state is State.FINISHED or (state is State.LEFT and not renewed):
             return None
-        if renewed:
-            self.records[peer] = replace(Record(peer), incarnation=incarnation)
+        known = Record(peer, incarnation) if renewed else self.records[peer]
+        self.records[peer] = replace(known, silent=False)
         why = "first heard" if state is State.EXPECTED else "heard again"
         return self._turn(peer, State.LIVE, why)
 
@@ -149,7 +158,9 @@ class Roster:
         for peer in expected:
             self._heard_at[peer] = now
         return [
-            self._turn(p, State.SILENT, "missing at the start") if p in missing else self._turn(p, State.LIVE, "presumed")
+            self._turn(p, State.SILENT, "missing at the start")
+            if p in missing
+            else self._turn(p, State.LIVE, "presumed")
             for p in expected
         ]
 
@@ -174,7 +185,9 @@ class Roster:
             and p != self.me.peer
             and now - self._heard_at.get(p, now) - lag_s > self.silent_after_s
         ]
-        return [self._turn(p, State.SILENT, f"silent for {self.silent_after_s:g} s") for p in late]
+        for peer in late:
+            self._note(replace(self.records[peer], silent=True), self.me.peer)
+        return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in late]
 
     def news_for(self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool]) -> list[Record]:
         """Records that changed since ``neighbour`` was last told, the newest first: our own, and those of peers that
@@ -185,7 +198,7 @@ class Roster:
             if number <= told:
                 break
             teller = self._teller[peer]
-            if peer == me or (peer != neighbour and teller != neighbour and carried(peer, teller)):
+            if peer == me or (neighbour not in (peer, teller) and carried(peer, teller)):
                 news.append(self.records[peer])
         self._told[neighbour] = self._changes
         return news
