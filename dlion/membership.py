@@ -56,7 +56,7 @@ class Membership:
         mate = cloud_of(neighbour) == home
 
         def carried(peer: PeerId, teller: PeerId) -> bool:
-            return peer not in near and not (mate and cloud_of(teller) == home)
+            return peer not in near and not (mate and teller != self.me and cloud_of(teller) == home)
 
         return self.roster.news_for(neighbour, _nobody if self.topology.talk == "mesh" else carried)
 
