@@ -245,7 +245,7 @@ class Node:
         """Wait until the next step may start: the lane took our last update, strategy and pace agree."""
         waits = Waits()
         while not self._stopping:
-            verdict = self.pace.may_start(self.step, self._progress())
+            verdict = "wait" if self._own_pending else self.pace.may_start(self.step, self._progress())
             reason = "room" if self._own_pending else "pace" if verdict == "wait" else "strategy"
             if reason == "strategy" and self._outcome.ready:
                 if isinstance(verdict, int):

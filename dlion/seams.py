@@ -37,9 +37,10 @@ class NodeSettings:
     """Inadmissible messages from one peer before it is quarantined."""
     unacked_bytes_max: int = 64 << 20
     queue_s: float = 0.09
-    exchange_s_per_byte: float = 1e-9
-    exchange_s_per_item: float = 2e-5
-    """Modelled cost of the exchange lane, per byte read or written and per item (simulation only)."""
+    exchange_s_per_byte: float = 4e-10
+    exchange_s_per_item: float = 7e-5
+    """Modelled cost of the exchange lane, per byte read or written and per item (simulation only). Measured by
+    scripts/bench_exchange.py."""
     dial: DialSettings = field(default_factory=DialSettings)
 
 

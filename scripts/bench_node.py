@@ -105,7 +105,7 @@ def stated_mb(plan: Plan, node: Any) -> float:
     data = images().train_images.nbytes + images().test_images.nbytes
     parameters = 4 * node.ctx.layout.size
     activations = 4 * plan.job.train.batch * (PIXELS + 3 * sum(HIDDEN))
-    return (data + 8 * parameters + node.exchange.state_bytes + activations) / 1e6
+    return float(data + 8 * parameters + node.exchange.state_bytes + activations) / 1e6
 
 
 async def measure(host: Hosted, plan: Plan, seconds: float, bare_mb: float) -> dict[str, float]:

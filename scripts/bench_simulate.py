@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -33,6 +33,7 @@ from dlion.config import load_job, load_topology
 from dlion.exchange import owed
 from dlion.learn.trainer import Trainer
 from dlion.observe import runlog
+from dlion.observe import summary as observe_summary
 from dlion.wire import codec
 
 Topology = Any
@@ -42,7 +43,7 @@ class Stopwatch:
     """CPU seconds by category; time in an inner category is not counted in the outer one."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[list[float]] = []
 
     def wrap(self, category: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +91,7 @@ def instrumented() -> Stopwatch:
     watch.function("encode", codec.encode)
     watch.function("decode", codec.decode)
     watch.method("log", runlog.RunLog, "flush")
-    watch.function("log", verb.summarise)
+    watch.function("log", observe_summary.summarise)
     return watch
 
 
