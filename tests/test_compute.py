@@ -1,0 +1,73 @@
+"""The real lanes: jobs run beside the loop, and a paced train lane keeps the modelled time or says by how much it missed."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from dlion.compute import Lane, Threads
+
+
+def test_lanes_run_beside_the_loop_and_beside_each_other() -> None:
+    """Each lane's job waits for the other's: on one thread neither could end."""
+    first, second = threading.Event(), threading.Event()
+
+    def meet(mine: threading.Event, other: threading.Event) -> str:
+        mine.set()
+        assert other.wait(5)
+        return threading.current_thread().name
+
+    async def main() -> list[str]:
+        threads = Threads()
+        both = await asyncio.gather(
+            threads.run(Lane.TRAIN, lambda: meet(first, second), lambda _: 0.0),
+            threads.run(Lane.EXCHANGE, lambda: meet(second, first), lambda _: 0.0),
+        )
+        threads.close()
+        return both
+
+    names = asyncio.run(main())
+    assert names[0].startswith("dlion-train") and names[1].startswith("dlion-exchange")
+
+
+def test_a_paced_lane_lasts_as_long_as_modelled_and_carries_its_errors_over() -> None:
+    """Twenty steps of 10 ms: the whole is late by no more than the last timer's error, however late each timer was."""
+
+    async def main() -> tuple[float, float]:
+        threads, loop = Threads(paced=True), asyncio.get_running_loop()
+        started = loop.time()
+        for _ in range(20):
+            await threads.run(Lane.TRAIN, lambda: None, lambda _: 0.010)
+        threads.close()
+        return loop.time() - started - 0.200, threads.overrun
+
+    late_s, overrun = asyncio.run(main())
+    assert late_s > -0.001
+    assert abs(overrun * 0.200 - max(0.0, late_s)) < 0.005 or overrun > 0.02
+
+
+def test_waiting_between_steps_does_not_shorten_them() -> None:
+    async def main() -> float:
+        threads, loop = Threads(paced=True), asyncio.get_running_loop()
+        await threads.run(Lane.TRAIN, lambda: None, lambda _: 0.02)
+        await asyncio.sleep(0.015)
+        started = loop.time()
+        await threads.run(Lane.TRAIN, lambda: None, lambda _: 0.02)
+        threads.close()
+        return loop.time() - started
+
+    assert asyncio.run(main()) > 0.010
+
+
+def test_a_machine_that_is_too_slow_says_so() -> None:
+    """Jobs of 6 ms in steps modelled as 3 ms: at least the difference is missed."""
+
+    async def main() -> float:
+        threads = Threads(paced=True)
+        for _ in range(10):
+            await threads.run(Lane.TRAIN, lambda: time.sleep(0.006), lambda _: 0.003)
+        threads.close()
+        return threads.overrun
+
+    assert asyncio.run(main()) >= 0.9
