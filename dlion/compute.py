@@ -40,9 +40,7 @@ class Threads:
         self._lanes = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"dlion-{lane.value}") for lane in Lane}
         self._paced = paced
         self._busy = dict.fromkeys(Lane, False)
-        self._due = 0.0
-        self._late = 0.0
-        self._modelled = 0.0
+        self._behind_s = self._given_up_s = self._modelled_s = 0.0
 
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
         loop = asyncio.get_running_loop()
@@ -60,20 +58,18 @@ class Threads:
             self._busy[lane] = False
 
     async def _pad(self, loop: asyncio.AbstractEventLoop, started: float, cost_s: float) -> None:
-        """Sleep until the modelled end. A small lateness shortens the next step; a large one is counted as overrun."""
-        begin = self._due if 0.0 <= started - self._due < cost_s else started
-        self._due = begin + cost_s
-        self._modelled += cost_s
-        now = loop.time()
-        if now < self._due:
-            await asyncio.sleep(self._due - now)
-        elif now - self._due > cost_s:
-            self._late += now - self._due - cost_s
-            self._due = now
+        """Sleep until the modelled end. What we are late by shortens the next step; more than a step is given up."""
+        due = started + cost_s - self._behind_s
+        self._modelled_s += cost_s
+        await asyncio.sleep(max(0.0, due - loop.time()))
+        self._behind_s = max(0.0, loop.time() - due)
+        if self._behind_s > cost_s:
+            self._given_up_s += self._behind_s
+            self._behind_s = 0.0
 
     @property
     def overrun(self) -> float:
-        return self._late / self._modelled if self._modelled else 0.0
+        return (self._given_up_s + self._behind_s) / self._modelled_s if self._modelled_s else 0.0
 
     def close(self) -> None:
         """End the threads. One that is in the middle of a job, which nothing can interrupt, ends with it."""
