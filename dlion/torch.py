@@ -34,7 +34,7 @@ from dlion.cli.planfile import save_plan
 from dlion.config import ConfigError, PeerSetup, load_setup
 from dlion.learn.batching import Fixed
 from dlion.learn.trainer import Trainer, peer_seed
-from dlion.learn.workloads.torch_guest import Buffers, Guest, Places, Turn
+from dlion.learn.workloads.torch_guest import SIGNALS_EVERY_S, Buffers, Guest, Places, Turn
 from dlion.learn.workloads.torch_memory import alias
 from dlion.learn.workloads.torch_module import TorchData, TorchWorkload
 from dlion.learn.workloads.torch_site import Site
@@ -225,7 +225,8 @@ class _Host:
             self._post(partial(self._node.stop, reason, leaving=not together))
         self.guest.end()
         try:
-            self._thread.join()
+            while self._thread.is_alive():
+                self._thread.join(SIGNALS_EVERY_S)
         except KeyboardInterrupt:
             self.abandon()
             raise

@@ -24,6 +24,7 @@ from torch_attach_kit import (  # noqa: E402
     batches,
     loop,
     mlp,
+    seeded,
     setups,
     sgd,
     side_by_side,
@@ -34,6 +35,7 @@ from torch_attach_kit import (  # noqa: E402
 from dlion.config import ConfigError, PeerSetup  # noqa: E402
 from dlion.exchange.base import Exchange  # noqa: E402
 from dlion.lane import Diverged  # noqa: E402
+from dlion.net.link import LinkError  # noqa: E402
 from dlion.observe import runlog  # noqa: E402
 from dlion.observe.read import parse  # noqa: E402
 from dlion.torch import Options, attach  # noqa: E402
@@ -59,11 +61,6 @@ class Averages(Exchange):
 
     name = "averages"
     consumes = "gradient"
-
-
-def seeded(make: type[nn.Module] | object = mlp) -> nn.Module:
-    torch.manual_seed(0)
-    return make()  # type: ignore[operator]
 
 
 def alone(directory: Path, exchange: str = "full", settings: str = "") -> PeerSetup:
@@ -234,6 +231,24 @@ def test_an_error_in_the_node_surfaces_in_the_loop(tmp_path: Path) -> None:
     assert steps == 3
 
 
+def test_peers_that_start_from_other_values_refuse_each_other(tmp_path: Path) -> None:
+    """Their replicas would never agree, and nobody would notice."""
+    peers = setups(tmp_path, "ab")
+    meeting = Meeting(peers)
+
+    def joins(name: str) -> None:
+        model, options = seeded(), Options(addresses=meeting.of(name), start_wait_s=0.5)
+        if name == "b":
+            nn.init.uniform_(model[2].weight)
+        with attach(model, sgd(model), peers[name], options=options) as pride:
+            loop(pride, model, batches(name, 1))
+
+    with pytest.raises(LinkError):
+        side_by_side({n: lambda n=n: joins(n) for n in peers})
+    reasons = [e.reason for e in logged(tmp_path / "a") if isinstance(e, runlog.Refuse)]
+    assert any("model mismatch" in reason for reason in reasons), reasons
+
+
 def test_a_parameter_that_changes_shape_is_found(tmp_path: Path) -> None:
     model = seeded()
     with (
@@ -262,7 +277,7 @@ def test_an_error_in_the_loop_leaves_politely(tmp_path: Path) -> None:
             yield from batches("a", 3)
             raise LookupError("the data are gone")
 
-        model, options = mlp(), Options(addresses=meeting.of("a"))
+        model, options = seeded(), Options(addresses=meeting.of("a"))
         lost = pytest.raises(LookupError, match="the data are gone")
         with lost, attach(model, sgd(model), peers["a"], options=options) as pride:
             loop(pride, model, data())
@@ -279,7 +294,7 @@ def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
     meeting, waiting, over = Meeting(peers), threading.Event(), threading.Event()
 
     def idles() -> None:
-        model = mlp()
+        model = seeded()
         with attach(model, sgd(model), peers["b"], options=Options(addresses=meeting.of("b"), together=False)):
             assert waiting.wait(30)
             os.kill(os.getpid(), signal.SIGINT)
@@ -287,7 +302,7 @@ def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
 
     other = threading.Thread(target=idles)
     other.start()
-    model, options = mlp(), Options(addresses=meeting.of("a"))
+    model, options = seeded(), Options(addresses=meeting.of("a"))
     try:
         with pytest.raises(KeyboardInterrupt), attach(model, sgd(model), peers["a"], options=options) as pride:
             waiting.set()

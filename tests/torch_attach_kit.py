@@ -18,6 +18,7 @@ from dlion.torch import Options, Pride, attach
 
 FEATURES, CLASSES, BATCH = 6, 3, 8
 MEET_S = 30.0
+SEEDING = threading.Lock()
 
 JOB = """
 [job]
@@ -59,7 +60,6 @@ class Meeting:
         self._names = set(names)
         self._known: dict[str, str] = {}
         self._news = threading.Condition()
-        self.seeding = threading.Lock()
 
     def of(self, name: str) -> Callable[[str], Mapping[str, str]]:
         def introduce(here: str) -> Mapping[str, str]:
@@ -90,6 +90,13 @@ class StoreMeeting(Meeting):
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 5), nn.ReLU(), nn.Linear(5, CLASSES))
+
+
+def seeded(make: Callable[[], nn.Module] = mlp) -> nn.Module:
+    """The model that all peers start with; torch's generator is shared by all threads."""
+    with SEEDING:
+        torch.manual_seed(0)
+        return make()
 
 
 def batches(name: str, steps: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -124,9 +131,7 @@ def train(
     **options: Any,
 ) -> tuple[nn.Module, list[float]]:
     """One user: makes a model, attaches, trains, leaves. Returns the model and its losses."""
-    with meeting.seeding:  # torch's generator is all threads'
-        torch.manual_seed(0)
-        name, model = setup.peer.name, make()
+    name, model = setup.peer.name, seeded(make)
     with attach(
         model, optimizer(model), setup, batch_size=BATCH, options=Options(addresses=meeting.of(name)), **options
     ) as pride:

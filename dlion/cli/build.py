@@ -24,7 +24,7 @@ from dlion.messages import PeerId
 from dlion.neighbours import DialSettings, Identity
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.runlog import Event, Header, RunLog
-from dlion.tensors import Flat
+from dlion.tensors import Flat, sketch
 
 Observer = Callable[[float, int, Flat, Flat], Iterable[Event]]
 
@@ -63,6 +63,12 @@ def settings_of(job: Job, cls: type[Exchange]) -> dict[str, object]:
     settings = dict(job.exchange.settings)
     if "weighting" in getattr(cls.__init__, "__annotations__", {}):
         settings.setdefault("weighting", job.batching.weighting)
+    per_s, per_day = job.budget.wan_bytes_per_s, job.budget.wan_bytes_per_day
+    limits = [limit for limit in (per_s, None if per_day is None else per_day / 86400) if limit is not None]
+    if limits:
+        if "wan_bytes_per_s" not in cls.__init__.__annotations__:
+            raise ConfigError(job.job.name, "budget", f"{cls.name} keeps no budget", "a strategy that does: pride")
+        settings.setdefault("wan_bytes_per_s", min(limits))
     return settings
 
 
@@ -180,7 +186,11 @@ def node_settings(job: Job) -> NodeSettings:
 
 
 def identity_of(plan: Plan, peer: PeerId, workload: Workload, incarnation: int) -> Identity:
-    return Identity(plan.run, peer, incarnation, job_hash(plan.job)[:16], workload.layout.digest)
+    """``model``: half of it says names and shapes, half the starting values; peers that differ in either would drift
+    apart unnoticed."""
+    start = sketch(workload.initial(plan.job.job.seed).flat)
+    model = f"{workload.layout.digest[:16]}/{start}"
+    return Identity(plan.run, peer, incarnation, job_hash(plan.job)[:16], model)
 
 
 def write_header(plan: Plan, identity: Identity, workload: Workload, log: RunLog) -> None:

@@ -11,7 +11,7 @@ requires a gradient, once however often it is used, and with ``buffers="averaged
 from __future__ import annotations
 
 from collections.abc import Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from dlion.tensors import Flat, Layout, Tensors
 
 PASS_SAMPLES = 1 << 16
 """What the run log calls an epoch where nobody said how large the data is."""
+SIGNALS_EVERY_S = 0.5
 Buffers = Literal["local", "averaged"]
 
 
@@ -127,7 +128,12 @@ class Guest:
 
     def turn(self) -> Turn | None:
         """Wait until it is the user's turn; None: the run is over."""
-        found = self._turns.get()
+        while True:
+            try:
+                found = self._turns.get(timeout=SIGNALS_EVERY_S)
+                break
+            except Empty:  # look for a Ctrl-C that came just before the wait began: nothing else would wake it
+                continue
         if found is None:
             self._turns.put(None)
         return found
