@@ -185,11 +185,12 @@ class Weighted:
     """A part of the global batch in proportion to our share of all peers' compute power.
 
     The first steps try different sizes around the even part, so that the cost per sample and per step can be told
-    apart. After that the part is dealt anew every ``period_s``, and at once when peers or the global batch change.
+    apart. After that the part is dealt anew every ``period_s``, and at once when the peers, those whose power is known, or
+    the global batch change.
     """
 
     PROBES = (0.25, 0.5)
-    """Sizes tried, in even parts; their mean is 1."""
+    """Sizes tried first, in even parts: small, for on a slow peer an even part may last many times its due."""
 
     def __init__(self, me: str, sizes: GlobalBatch, *, period_s: float = 5.0, started_at: float | None = None) -> None:
         """``started_at``: when the run began, on the clock of ``now``; None: at the first call."""
@@ -201,6 +202,8 @@ class Weighted:
         self._profile = Profile()
         self._probed = 0
         self._batch = 0
+        self._known: tuple[str, ...] = ()
+        """Peers, and once more those whose power is known."""
         self._dealt_for: tuple[int, tuple[str, ...]] = (0, ())
         self._due = -math.inf
 
@@ -214,7 +217,7 @@ class Weighted:
         if self._probed < len(self.PROBES):
             self._batch = max(1, round(self.PROBES[self._probed] * total / len(self._rates)))
             return self._batch
-        dealt_for = (total, tuple(self._rates))
+        dealt_for = (total, self._known)
         if now >= self._due or dealt_for != self._dealt_for:
             self._batch = local_batches(total, self._complete())[self._me]
             self._dealt_for = dealt_for
@@ -227,6 +230,7 @@ class Weighted:
 
     def members(self, rates: Mapping[str, float]) -> None:
         self._rates = {peer: rates.get(peer, 0.0) for peer in sorted({*rates, self._me})}
+        self._known = (*self._rates, *(peer for peer, rate in self._rates.items() if rate > 0))
 
     @property
     def samples_per_s(self) -> float:
