@@ -119,6 +119,8 @@ class Journal:
                     sent_bytes=session.sent_bytes,
                     acked_bytes=session.acked_bytes,
                     saturated=round(self.meter.saturated(peer, connection.full_s, interval_s), 3),
+                    shown_bytes=session.estimate.shown_bytes,
+                    shown_s=round(session.estimate.shown_s, 6),
                 )
             )
 

@@ -102,11 +102,16 @@ def run_simulation(
     """``play``; plan, logs and summary go to ``out`` if given, in place of an earlier run's."""
     played = play(plan, deaths, settings)
     if out is not None:
-        save_plan(plan, out)
-        for peer, data in played.logs.items():
-            (out / f"{peer}.jsonl").write_bytes(data)
-        (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(played.summary), indent=2))
+        write_run(plan, played, out)
     return played.summary
+
+
+def write_run(plan: Plan, played: Played, out: Path) -> None:
+    """Everything that ``replay``, ``report`` and ``explain`` need, in one directory."""
+    save_plan(plan, out)
+    for peer, data in played.logs.items():
+        (out / f"{peer}.jsonl").write_bytes(data)
+    (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(played.summary), indent=2))
 
 
 def parse_death(text: str) -> Death:

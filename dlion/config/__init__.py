@@ -5,7 +5,7 @@ Law: reads files and the environment, once, when asked. Builds values only: no p
 
 from dlion.config.errors import ConfigError
 from dlion.config.find import DIRECTORIES, Found, Kind, find, known
-from dlion.config.job import Job, config_hash, job_hash, load_job
+from dlion.config.job import Job, config_hash, job_hash, load_job, overruled
 from dlion.config.peer import PeerFile, PeerSetup, load_peer, load_setup
 from dlion.config.topology import load_topology
 
@@ -25,4 +25,5 @@ __all__ = [
     "load_peer",
     "load_setup",
     "load_topology",
+    "overruled",
 ]

@@ -187,6 +187,25 @@ def load_job(
     return job
 
 
+def overruled(job: Job, flags: Mapping[str, object]) -> Job:
+    """``job`` with some keys changed, as if ``flags`` had been given to ``load_job``. Raises ConfigError."""
+    merged: dict[str, Any] = _known(msgspec.json.decode(msgspec.json.encode(job)))
+    origins: dict[str, str] = {}
+    for key, value in flags.items():
+        layer = _nested(key.split("."), _text(value))
+        _settings_belong_to_name(merged, layer)
+        _merge(merged, layer, f"flag {key}", origins)
+    reader = Reader(job.job.name, origins)
+    changed = reader.struct(merged, Job)
+    _check(changed, reader)
+    return changed
+
+
+def _known(table: dict[str, Any]) -> dict[str, Any]:
+    """Without the keys that say nothing: TOML has no null."""
+    return {k: _known(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+
+
 def config_hash(*parts: Any) -> str:
     """sha256 of the parts (structs, dataclasses, plain values) as canonical JSON."""
     return hashlib.sha256(msgspec.json.encode(msgspec.to_builtins(parts), order="deterministic")).hexdigest()

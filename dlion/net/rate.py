@@ -46,6 +46,8 @@ class RateEstimator:
         """Bytes per second; 0.0 before the first sample."""
         self.proven = False
         """True once a sample was limited by the link and not by what there was to send."""
+        self.shown_bytes, self.shown_s = 0, 0.0
+        """Totals of what was delivered while the window was full, and how long that took: the link's own rate."""
         self._best: deque[tuple[float, float]] = deque()
         self._delivered_bytes = 0
         self.restart(now)
@@ -96,9 +98,13 @@ class RateEstimator:
         """
         self._delivered_bytes += nbytes
         self._acked_at = now
-        self._delivered_at = arrived_at = self._unwrap(arrived_ticks)
+        before, arrived_at = self._delivered_at, self._unwrap(arrived_ticks)
+        self._delivered_at = arrived_at
         if flight is None:
             return
+        if before is not None and arrived_at > before and not flight.limited:
+            self.shown_bytes += nbytes
+            self.shown_s += arrived_at - before
         rtt_s = max(now - held_s - flight.sent_at, INTERVAL_S_MIN)
         queued_s = self._queued(now, arrived_at - flight.sent_at)
         self.rtt_s += (rtt_s - self.rtt_s) / (8 if self.rtt_s else 1)

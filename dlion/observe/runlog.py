@@ -131,6 +131,9 @@ class Link(Event, frozen=True, gc=False, kw_only=True):
     acked_bytes: int
     saturated: float
     """Share of the last interval in which the link had something to send."""
+    shown_bytes: int = 0
+    shown_s: float = 0.0
+    """What was delivered while the window was full, and the seconds that took: totals since the session began."""
 
 
 class Refuse(Event, frozen=True, gc=False, kw_only=True):
