@@ -165,6 +165,7 @@ PAIRS = [("a1", "a2"), ("a1", "b1"), ("a2", "b1"), ("b1", "c1"), ("a2", "c1")]
     seed=st.integers(0, 99),
 )
 def test_whatever_the_network_runs_end_well(
+    *,
     talk: str,
     how: tuple[str, Callable[[], Exchange]],
     mbps: float,
