@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from dlion.exchange.base import Context, LinkView, Member
-from dlion.mesh.bridges import Plan, plan
-from dlion.mesh.roster import Record, Roster, State
+from dlion.mesh.bridges import Plan, shared_plan
+from dlion.mesh.roster import COUNTED, Record, Roster, State
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 
@@ -23,23 +23,20 @@ class Membership:
         self.topology = topology
         self.roster = Roster(me, topology.peers, silent_after_s)
         self.plan: Plan = self._replan()
+        self._planned = self.roster.shape
         self._shown = -1
 
     def changed(self) -> None:
-        """Somebody came, left or fell silent: plan the bridges anew."""
-        self.plan = self._replan()
+        """Somebody's state changed: plan the bridges anew if it makes a difference."""
+        if self._planned != self.roster.shape:
+            self._planned = self.roster.shape
+            self.plan = self._replan()
 
     def _replan(self) -> Plan:
         """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
-        counted = {State.LIVE, State.FINISHED, State.EXPECTED}
         states = self.roster.states
-        live = {p: self._power(p) for p, state in states.items() if state in counted}
-        return plan(self.topology, live, silent=[p for p, state in states.items() if state is State.SILENT])
-
-    def _power(self, peer: PeerId) -> float:
-        """What the topology says, not what was measured: all peers must choose the same bridges."""
-        speed = self.topology.peers[peer].speed
-        return 1.0 if speed is None else speed.samples_per_s.mean
+        counted = [p for p, state in states.items() if state in COUNTED]
+        return shared_plan(self.topology, counted, [p for p, state in states.items() if state is State.SILENT])
 
     @property
     def neighbours(self) -> tuple[PeerId, ...]:

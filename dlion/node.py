@@ -272,7 +272,10 @@ class Node:
     # -- exchange loop ------------------------------------------------------------------------------------------
 
     def _put(self, item: Item) -> None:
-        self._inbox.append(item)
+        inbox = self._inbox
+        if inbox and type(item) is MembersChanged and type(inbox[-1]) is MembersChanged:
+            return
+        inbox.append(item)
         self._work.set()
 
     async def _exchange(self) -> None:

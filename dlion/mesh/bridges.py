@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import combinations, product
 
 from dlion.mesh.topology import Topology
@@ -58,9 +59,17 @@ class Plan:
     def routes(self, me: PeerId) -> PeerRoutes:
         return PeerRoutes(self, me)
 
-    def _far_ends(self, me: PeerId) -> dict[str, PeerId]:
+    def _far_ends(self, me: PeerId) -> Mapping[str, PeerId]:
         """The bridges of ``me``: the micro-cloud beyond -> its peer."""
-        return {cloud: pair[1] for (_, cloud), pair in self.bridges.items() if pair[0] == me}
+        return self._ends.get(me, {})
+
+    @cached_property
+    def _ends(self) -> Mapping[PeerId, Mapping[str, PeerId]]:
+        """``_far_ends`` of everybody: asked for with every message."""
+        ends: dict[PeerId, dict[str, PeerId]] = {}
+        for (_, cloud), (near, far) in self.bridges.items():
+            ends.setdefault(near, {})[cloud] = far
+        return ends
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,34 @@ def plan(
         joined = {edge: joined[edge] for edge in edges}
         towards = _next_hops(edges)
     return Plan(cloud_of, mates, _choose(joined, live, sticky), towards)
+
+
+class _Same:
+    """A topology as a key of a cache: the same object, whatever is in it."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+    def __hash__(self) -> int:
+        return id(self.topology)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.topology is self.topology
+
+
+def shared_plan(topology: Topology, counted: Iterable[PeerId], silent: Iterable[PeerId]) -> Plan:
+    """``plan`` with the compute power that the topology gives; made once for all nodes of a process that agree.
+
+    Not what was measured: all peers must choose the same bridges.
+    """
+    return _shared_plan(_Same(topology), tuple(counted), tuple(silent))
+
+
+@lru_cache(maxsize=64)
+def _shared_plan(same: _Same, counted: tuple[PeerId, ...], silent: tuple[PeerId, ...]) -> Plan:
+    speeds = {peer: same.topology.peers[peer].speed for peer in counted}
+    power = {peer: 1.0 if speed is None else speed.samples_per_s.mean for peer, speed in speeds.items()}
+    return plan(same.topology, power, silent=silent)
 
 
 def _linked(topology: Topology, a: PeerId, b: PeerId) -> bool:

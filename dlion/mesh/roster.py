@@ -32,6 +32,10 @@ class State(StrEnum):
     LEFT = "left"
 
 
+COUNTED = (State.EXPECTED, State.LIVE, State.FINISHED)
+"""Who has a part in the plan of bridges."""
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
     """What a peer says of itself, and whether others found it silent after that. A higher ``stamp`` supersedes."""
 
@@ -101,6 +105,8 @@ class Roster:
         self._live: tuple[PeerId, ...] | None = None
         self.version = 0
         """Grows with every change of a state."""
+        self.shape = 0
+        """Grows when somebody begins or ceases to count."""
         self.fresh: dict[PeerId, None] = {}
         """Whose record changed since somebody last emptied this."""
 
@@ -204,6 +210,9 @@ class Roster:
         return news
 
     def _turn(self, peer: PeerId, state: State, why: str) -> Change:
+        before = self.states[peer]
+        if before is not state and not (before in COUNTED and state in COUNTED):
+            self.shape += 1
         self.states[peer] = state
         self._live = None
         self.fresh[peer] = None
