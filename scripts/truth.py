@@ -40,7 +40,7 @@ import dlion
 from dlion.config.find import find
 from dlion.config.units import seconds
 from dlion.observe.read import Run, read_directory
-from dlion.observe.runlog import Apply, End, Lag, Send, Step
+from dlion.observe.runlog import Apply, End, Send, Step
 from dlion.observe.summary import mean_accuracy, stalled_share, time_to
 
 SCRIPTS = Path(__file__).parent
@@ -53,8 +53,6 @@ LINK_SHARE_MIN = 0.005
 """A link that carries less than this share of all bytes is judged with the total only: a message more is a tenth."""
 BUSY_MAX = 0.02
 """A live run of which some peer spent this share more than the simulated one in work between steps is void."""
-LAG_S_MAX = 0.05
-"""A live run whose event loops were later than this for 1 % of the time, in the median second, is void."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,6 @@ class Facts:
     overrun: float
     between: float
     """Share of its time that the worst peer waited for its own exchange lane between steps."""
-    lag_s: float
     void: str
     """Why it says nothing about time; empty when it does."""
 
@@ -112,13 +109,9 @@ def facts(run: Run, way: str, span_s: tuple[float, float], targets: Sequence[flo
     every = np.concatenate(gaps)
     quantiles = {f"p{100 * q:g}": float(np.quantile(every, q)) if every.size else 0.0 for q in QUANTILES}
     curve = mean_accuracy(run)
-    lags = [float(np.median(log[Lag]["p99"])) for log in run.peers.values() if log[Lag]["t"].size]
     overrun = max((float(o) for log in run.peers.values() for o in log[End]["overrun"]), default=0.0)
-    late = max(lags, default=0.0)
     broken = any(bool(v) for log in run.peers.values() for v in log[End]["void"])
     void = f"missed the modelled pace by {overrun:.1%}" if broken else ""
-    if late > LAG_S_MAX:
-        void = f"event loops {1e3 * late:.0f} ms late"
     return Facts(
         way=way,
         exchange=run.header.exchange,
@@ -130,7 +123,6 @@ def facts(run: Run, way: str, span_s: tuple[float, float], targets: Sequence[flo
         time_to={f"{target:.2f}": time_to(curve, target) for target in targets},
         overrun=overrun,
         between=max(stalled_share(log)["room"] for log in run.peers.values()),
-        lag_s=late,
         void=void,
     )
 
@@ -276,7 +268,7 @@ def main(topologies: tuple[str, ...], exchanges: tuple[str, ...], ways: tuple[st
             title = f"{exchange} on {topology}, {way}: {len(lives)} live runs, {len(void)} void of {options['until']}"
             tell(console, title, lines)
             for one in void:
-                console.print(f"void: seed {one.seed}, {one.void}; overrun {one.overrun:.1%}, lag {one.lag_s:.3f} s")
+                console.print(f"void: seed {one.seed}, {one.void}; overrun {one.overrun:.1%}")
             everything = [*simulated, *lives, *void]
             cases.append({"title": title, "lines": [*map(asdict, lines)], "runs": [*map(asdict, everything)]})
             (out / "truth.json").write_text(json.dumps(cases, indent=1) + "\n")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -126,8 +127,7 @@ class Lab:
                 host.device = open_device(name)
                 move_device(name, host.namespace, host.address)
                 if self.congestion:
-                    order = f"echo {self.congestion} > /proc/sys/net/ipv4/tcp_congestion_control"
-                    subprocess.run(["ip", "netns", "exec", host.namespace, "sh", "-c", order], check=True)
+                    congestion(host.namespace, self.congestion)
             yield
         finally:
             for host in self.hosts.values():
@@ -219,6 +219,15 @@ class Lab:
         """Exit codes of the peers that failed by themselves."""
         codes = {h.peer: h.process.returncode for h in self.hosts.values() if h.process is not None and not h.killed}
         return {peer: code for peer, code in codes.items() if code not in (0, DRAIN_CUT_SHORT)}
+
+
+def congestion(namespace: str, name: str) -> None:
+    """TCP's congestion control in ``namespace``. Raises Fault where the system does not lend it to namespaces."""
+    order = f"echo {shlex.quote(name)} > /proc/sys/net/ipv4/tcp_congestion_control"
+    done = subprocess.run(["ip", "netns", "exec", namespace, "sh", "-c", order], capture_output=True, check=False)
+    if done.returncode:
+        allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
+        raise Fault(CONFIGURATION, f"no congestion control {name!r}", str(allowed), allowed.read_text().strip())
 
 
 def rate_toml(rate: Rate) -> str:
