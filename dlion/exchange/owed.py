@@ -58,8 +58,8 @@ class Owed:
         self.only: Piece | None = None
         self.cursor = (0, 1)
         """Where a strategy that says partitions in turn is: (next, of how many)."""
-        self.partial = False
-        """True: what was said last left entries out."""
+        self.unsaid = 0
+        """At least so many entries were not said since something was added."""
         self.cloud = ""
         """Micro-cloud from whose side these updates came."""
         self._sum: Flat | None = None
@@ -101,6 +101,7 @@ class Owed:
     def add(self, piece: Piece, coverage: Iterable[Span] = ()) -> None:
         """One more update is owed."""
         self._whole = None
+        self.unsaid = self.size
         if self:
             _add(self.flat, piece.values)
         else:
@@ -112,7 +113,7 @@ class Owed:
     def said(self, block: Block, *, keep: bool = True) -> tuple[Span, ...]:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
         coverage = self.coverage
-        self.partial = block.indices is not None and block is not self._whole
+        self.unsaid = max(0, self.unsaid - block.count)
         self._spans.clear()
         if not keep or block is self._whole or self._exact(block):
             self.clear()
@@ -137,6 +138,7 @@ class Owed:
     def clear(self) -> None:
         """Nothing is owed any more."""
         self.only = self._sum = self._whole = None
+        self.unsaid = 0
         self._spans.clear()
 
     def _exact(self, block: Block) -> bool:

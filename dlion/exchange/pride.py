@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -28,8 +28,8 @@ from dlion.exchange.spread import Account, Spread
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat, add_scaled
 
-ENVELOPE_BYTES = 192
-"""What a message takes beyond its block, at most."""
+ENVELOPE_BYTES, SPAN_BYTES = 96, 16
+"""What a message takes beyond its block, at most; and for each span, beyond its name."""
 LANE_S_PER_ENTRY = 16e-9
 """What a message costs the exchange lane per entry of the model: about four passes over it."""
 LANE_SHARE = 0.2
@@ -67,6 +67,10 @@ class Allowance:
         paid_until = max(self._paid_until.setdefault(peer, now), now - SAVINGS_S)
         self._paid_until[peer] = paid_until
         return int((now - paid_until) * self.bytes_per_s)
+
+    def worth_using(self, period_s: float) -> float:
+        """Half of what a period earns; more where that would be little beside an envelope."""
+        return self.bytes_per_s * max(period_s, min(SAVINGS_S, 16 * ENVELOPE_BYTES / self.bytes_per_s)) / 2
 
     def spend(self, peer: PeerId, nbytes: int) -> None:
         self._paid_until[peer] += nbytes / self.bytes_per_s
@@ -111,15 +115,19 @@ class Pride(Spread):
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._size = ctx.layout.size
+
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         """Add the own step, and let the next one start: what there is to say of it is said at once, but after that."""
         values = update.values
         values *= np.float32(ctx.share)
         coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
-        while len(self._assumed) >= self.trust_steps:
-            old = self._assumed.popleft()
-            yield Add(old.values, -old.total)
+        oldest_s = ctx.now - self.trust_steps * ctx.step_s
+        while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
+            yield self._drop()
         assumed = Assumed(ctx.now, values, self._factors(ctx))
         if assumed.factors:
             self._assumed.append(assumed)
@@ -167,29 +175,45 @@ class Pride(Spread):
         """Nothing is assumed any more, and everything that is owed is said exactly, as fast as the allowance lets."""
         self._draining = True
         while self._assumed:
-            old = self._assumed.popleft()
-            yield Add(old.values, -old.total)
+            yield self._drop()
         limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
         yield from self._tell([a for a in self.owed if a[0] not in limited], ctx, everything=True)
         yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
         yield from self._later(ctx)
 
+    def state(self) -> dict[str, Any]:
+        assumed = self.view(np.zeros(self._size, dtype=np.float32))
+        return {**super().state(), **({"assumed": -assumed} if self._assumed else {})}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        """What was assumed is taken back as if of somebody who left."""
+        super().restore(state, ctx)
+        if "assumed" in state:
+            values = np.array(state["assumed"], dtype=np.float32)
+            self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
+
+    @property
+    def state_bytes(self) -> int:
+        """With all the steps that may be kept at a time."""
+        return super().state_bytes + 4 * self._size * self.trust_steps * (self.speculation > 0)
+
     # -- what to say ---------------------------------------------------------------------------------------------
 
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
         """All that is owed when it fits in some encoding, else its largest entries. None: nothing new, or too poor."""
-        if not (owed.fresh or owed.partial or self._draining):
+        if not (owed.unsaid or self._draining):
             return None
         budget = self.budget_bytes(link, ctx)
         limited = self.allowance.limits(link)
         if limited:
             left = self.allowance.left(link.peer, ctx.now)
-            if left < self.period_s * self.allowance.bytes_per_s / 2:
+            if left < self.allowance.worth_using(self.period_s):
                 return None
             budget = min(budget, left)
-        block = self._choose(owed, budget - ENVELOPE_BYTES, ctx)
+        envelope_bytes = ENVELOPE_BYTES + sum(SPAN_BYTES + len(span.origin) for span in owed.coverage)
+        block = self._choose(owed, budget - envelope_bytes, ctx)
         if block is not None and limited:
-            self.allowance.spend(link.peer, block.nbytes_max + ENVELOPE_BYTES)
+            self.allowance.spend(link.peer, block.nbytes_max + envelope_bytes)
         return block
 
     def _choose(self, owed: Owed, budget_bytes: int, ctx: Context) -> Block | None:
@@ -225,11 +249,15 @@ class Pride(Spread):
         if not self.speculation or not mine:
             return factors
         for peer, key in sorted(self._via.items()):
-            silent_s = ctx.now - self._heard_at[key]
-            if peer in ctx.members and silent_s <= self.trust_steps * ctx.step_s:
+            if peer in ctx.members and ctx.now - self._heard_at[key] <= self.trust_steps * ctx.step_s:
                 part = self.speculation * ctx.members[peer].samples_per_s / mine
                 factors[key] = factors.get(key, 0.0) + part
         return factors
+
+    def _drop(self) -> Add:
+        """The oldest assumption is given up."""
+        old = self._assumed.popleft()
+        return Add(old.values, -old.total)
 
     def _take_back(self, key: Account, until_s: float) -> Iterator[Add]:
         """What was assumed until then of those we hear of by ``key`` is no guess any more."""

@@ -174,9 +174,9 @@ class Bench:
         for p in self.live:
             self._handle(self.seats[p], MembersChanged())
 
-    def fire(self) -> bool:
-        """Jump to the next timer; False when there is none."""
-        due = [(at, p, key) for p in self.live for key, at in self.seats[p].timers.items()]
+    def fire(self, until: float = float("inf")) -> bool:
+        """Jump to the next timer; False when there is none up to ``until``."""
+        due = [(at, p, key) for p in self.live for key, at in self.seats[p].timers.items() if at <= until]
         if not due:
             return False
         at, peer, key = min(due)
@@ -191,6 +191,8 @@ class Bench:
         Raises Nonconforming when nobody can go on, unless a ``stall`` is expected.
         """
         for _ in range(EVENTS_MAX):
+            if self.fire(self.now):
+                continue
             waiting = [p for p in self.live if self.seats[p].step < steps]
             able = [p for p in waiting if self.may_step(p)]
             busy = [pair for pair, queues in self.flying.items() if any(queues)]

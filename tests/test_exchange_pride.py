@@ -1,0 +1,208 @@
+"""pride: what it says plus what it owes is what was learnt, what it assumes is taken back, and limits are limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlion.cli.build import Plan, exchange_of
+from dlion.cli.simulate import Played, play
+from dlion.config import ConfigError, load_job, load_topology
+from dlion.exchange.pride import SAVINGS_S, Allowance, Pride
+from dlion.mesh.topology import Speed, Topology
+from dlion.messages import PeerId
+from dlion.net.wan import Rate
+from dlion.observe.runlog import Send
+from dlion.simulation import Death
+from dlion.tensors import Flat, Layout, disagreement
+from dlion.testing.bench import Bench
+from dlion.testing.conformance import check, learn
+
+LAYOUT = Layout(("w",), ((700,),))
+CLOUDS = {"a0": "A", "a1": "A", "b0": "B", "b1": "B"}
+A, B = PeerId("a"), PeerId("b")
+
+
+@pytest.mark.parametrize("setting", [{}, {"speculation": 0.0}, {"bits": 32}, {"wan_bytes_per_s": 2000.0}])
+def test_it_conforms_whatever_its_settings(setting: dict[str, float]) -> None:
+    check(partial(Pride, **setting))  # type: ignore[arg-type]
+
+
+def narrow(bench: Bench) -> Bench:
+    """Links that take a few hundred bytes at a time, each another number."""
+    for pair in bench.flying:
+        bench.windows[pair] = int(bench.rng.integers(1, 600))
+        bench.rates_bps[pair] = float(bench.rng.integers(4_000, 40_000))
+    return bench
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([4, 8, 32]))
+def test_heard_plus_owed_is_everything_that_was_learnt(seed: int, speculation: float, bits: int) -> None:
+    """On every link, in whatever order: view + what is owed to it = the start + all steps of all."""
+    bench = narrow(Bench(partial(Pride, speculation=speculation, bits=bits), 3, layout=LAYOUT, seed=seed))
+    learnt = bench.seats[A].weights.astype(np.float64)
+
+    def step(peer: str, number: int, weights: Flat) -> Flat:
+        nonlocal learnt
+        values = learn(peer, number, weights)
+        learnt += values / 3
+        return values
+
+    bench.run(6, step)
+    bench.deliver_all()
+    for seat in bench.seats.values():
+        owed = [other.exchange.owed.get((seat.name, False)) for other in bench.seats.values()]  # type: ignore[attr-defined]
+        gap = learnt - seat.view - sum(o.flat for o in owed if o)
+        np.testing.assert_allclose(gap, 0.0, atol=2e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**16), st.sampled_from(["mesh", "bridges", "tree"]))
+def test_replicas_agree_after_the_drain(seed: int, talk: str) -> None:
+    bench = narrow(Bench(Pride, CLOUDS, layout=LAYOUT, talk=talk, seed=seed))  # type: ignore[arg-type]
+    bench.run(8, learn)
+    bench.drain()
+    assert bench.disagreement < 1e-5
+    for seat in bench.seats.values():
+        assert seat.view is seat.ctx.weights
+
+
+def unit(peer: str, step: int, weights: Flat) -> Flat:
+    return np.ones_like(weights)
+
+
+def test_who_was_heard_is_assumed_to_move_on_until_it_is_heard_again() -> None:
+    bench = Bench(Pride, 2, layout=LAYOUT)
+    a, b = bench.seats[A], bench.seats[B]
+    start = a.weights.copy()
+    for peer in ("a", "b"):
+        bench.step(peer, unit)
+    np.testing.assert_allclose(a.weights - start, 0.5, atol=1e-6)
+    while bench.fire(bench.now):
+        pass
+    bench.deliver_all()
+    np.testing.assert_allclose(a.weights - start, 1.0, atol=1e-2)
+    bench.step("a", unit)
+    np.testing.assert_allclose(a.weights - start, 2.0, atol=1e-2)
+    np.testing.assert_allclose(a.view - start, 1.5, atol=1e-2)
+    bench.step("b", unit)
+    while bench.fire(bench.now):
+        pass
+    bench.now += 1.0
+    bench.deliver_all()
+    for seat in (a, b):
+        np.testing.assert_allclose(seat.view - start, 2.0, atol=1e-2)
+        np.testing.assert_allclose(seat.weights, seat.view, atol=1e-6)
+
+
+def test_of_the_silent_nothing_is_assumed_for_long() -> None:
+    bench = Bench(partial(Pride, trust_steps=3), 2, layout=LAYOUT)
+    bench.step("b", unit)
+    while bench.fire(bench.now):
+        pass
+    bench.deliver_all()
+    for _ in range(12):
+        bench.now += 0.1
+        bench.step("a", unit)
+    a = bench.seats[A]
+    np.testing.assert_allclose(a.weights, a.view, atol=1e-5)
+
+
+@given(st.lists(st.tuples(st.floats(0.001, 3.0), st.integers(0, 5000)), max_size=30))
+def test_an_allowance_is_never_overdrawn(events: list[tuple[float, int]]) -> None:
+    """In any stretch of time: at most what it earns, and what was saved up before."""
+    allowance, now, spent = Allowance(1000.0), 0.0, [(0.0, 0)]
+    allowance.left(A, now)
+    for pause, wanted in events:
+        now += pause
+        nbytes = min(wanted, allowance.left(A, now))
+        allowance.spend(A, nbytes)
+        spent.append((now, nbytes))
+    for i, (begin, _) in enumerate(spent):
+        total = sum(nbytes for _, nbytes in spent[i:])
+        assert total <= 1000.0 * (now - begin + SAVINGS_S) + 1e-6
+    assert sum(nbytes for _, nbytes in spent) <= 1000.0 * now + 1e-6
+
+
+def toy(
+    topology: Topology, until_s: float = 8.0, deaths: tuple[Death, ...] = (), flags: Mapping[str, object] = {}
+) -> Played:
+    job = load_job("toy", {"exchange.name": "pride", "job.until": until_s, "model.size": 3000, **flags})
+    return play(Plan(job, topology), deaths)
+
+
+def test_a_wan_budget_is_never_exceeded() -> None:
+    limit = 4000.0
+    played = toy(load_topology("hetero-system"), flags={"budget.wan_bytes_per_s": int(limit), "train.batch": 16})
+    assert played.summary["replica_disagreement"] < 1e-4  # type: ignore[operator]
+    for log in played.run.peers.values():
+        sends = log[Send]
+        for peer in set(sends["to"][sends["wan"]]):
+            mine = sends["to"] == peer
+            sent, at = np.cumsum(sends["bytes"][mine]), sends["t"][mine]
+            assert len(at) > 10
+            assert (sent <= limit * (at + 0.1)).all()
+
+
+def test_a_budget_is_refused_by_who_keeps_none() -> None:
+    job = load_job("toy", {"exchange.name": "full", "budget.wan_bytes_per_day": 1000})
+    with pytest.raises(ConfigError, match="keeps no budget"):
+        exchange_of(job)
+
+
+def test_the_survivors_of_a_death_agree_up_to_what_it_had_told_some_of_them() -> None:
+    played = toy(load_topology("hetero-system"), 20.0, (Death(PeerId("b1"), 6.0),))
+    assert "b1" not in played.views
+    assert disagreement(played.views) < 1e-3
+
+
+def test_a_neighbour_twenty_times_slower_stalls_nobody() -> None:
+    topology = load_topology("hetero-system")
+    slow = replace(topology.peers[PeerId("c2")], speed=Speed(Rate.constant(53.3 / 20)))
+    played = toy(replace(topology, peers={**topology.peers, PeerId("c2"): slow}), 20.0)
+    assert max(played.summary["stalled_share"].values()) < 0.02
+    assert disagreement(played.views) < 1e-4
+
+
+def test_a_link_that_was_out_is_owed_what_it_missed() -> None:
+    topology = load_topology("hetero-system")
+    up = Rate((0.0, 3.0, 12.0), (1.0, 0.0, 1.0))
+    ends = (PeerId("a1"), PeerId("b1")), (PeerId("b1"), PeerId("a1"))
+    out = {pair: replace(topology.links[pair], up=up) for pair in ends}
+    played = toy(replace(topology, links={**topology.links, **out}), 20.0)
+    a1 = played.run.peers["a1"][Send]
+    assert not ((a1["to"] == "b1") & (a1["t"] > 5.0) & (a1["t"] < 11.5)).any()
+    assert max(played.summary["stalled_share"].values()) < 0.02
+    assert disagreement(played.views) < 1e-4
+
+
+def test_it_learns_digits_and_serves_one_view() -> None:
+    job = load_job(
+        "digits", {"exchange.name": "pride", "job.until": 6.0, "batching.growth": False, "model.hidden": [32]}
+    )
+    played = play(Plan(job, load_topology("demo")))
+    assert played.summary["replica_disagreement"] < 1e-4  # type: ignore[operator]
+    assert played.summary["accuracy"]["worst"] > 0.6  # type: ignore[operator]
+
+
+def test_messages_hold_what_a_link_carries_in_a_period() -> None:
+    bench = Bench(partial(Pride, period_s=0.5, bits=32), 2, layout=Layout(("w",), ((4000,),)))
+    bench.rates_bps["a", "b"], bench.windows["a", "b"] = 8 * 3000 / 0.5, 1
+    bench.step("a", learn)
+    while bench.fire(bench.now):
+        pass
+    ((_, body),) = bench.flying[A, B][1]
+    assert 2000 < len(body) <= 3000
+
+
+def test_unusable_settings_are_refused_with_what_was_expected() -> None:
+    for wrong in ({"period_s": 0.0}, {"bits": 5}, {"speculation": 2.0}, {"trust_steps": 0}, {"wan_bytes_per_s": -1.0}):
+        with pytest.raises(ValueError, match="pride: "):
+            Pride(**wrong)
