@@ -67,15 +67,20 @@ class Membership:
         self._shown = roster.version
         live = roster.live
         ctx.routes = self.plan.routes(self.me)
-        ctx.members = {p: self._member(p) for p in live}
+        known_members = ctx.members
+        ctx.members = {p: known_members[p] if p in known_members and p not in fresh else self._member(p) for p in live}
         known = {**ctx.silent, **ctx.links}
         links = {
             p: known.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
             for p in sorted({*known, *self.neighbours})
-            if p in met
         }
-        ctx.links = {p: link for p, link in links.items() if p in ctx.members and p in self.neighbours}
-        ctx.silent = {p: link for p, link in links.items() if roster.states[p] is State.SILENT}
+        near = {p for p in self.neighbours if p in ctx.members}
+        ctx.links = {p: link for p, link in links.items() if p in near and p in met}
+        ctx.silent = {
+            p: link
+            for p, link in links.items()
+            if roster.states[p] is State.SILENT or (p in near and p not in met)  # a bridge moved: it is being dialled
+        }
         return True
 
     def _member(self, peer: PeerId) -> Member:

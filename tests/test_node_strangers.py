@@ -174,7 +174,7 @@ def test_a_mismatched_node_is_refused_by_a_node() -> None:
                 settings=NodeSettings(start_wait_s=5.0),
                 identity={"job": f"job of {peer}"},
             )
-        with pytest.raises(ExceptionGroup) as group:  # noqa: PT012
+        with pytest.raises(ExceptionGroup) as group:
             async with asyncio.TaskGroup() as tasks:
                 for peer, made in nodes.items():
                     tasks.create_task(_live(network, PeerId(peer), made))

@@ -132,8 +132,8 @@ class Context:
     links: dict[PeerId, LinkView] = field(default_factory=dict)
     """Living neighbours by name, in sorted order."""
     silent: dict[PeerId, LinkView] = field(default_factory=dict)
-    """Neighbours that are dead or merely cut off: nothing can be said to them now, they may come back (as they were),
-    and who promises that nothing is lost keeps what they are owed."""
+    """Neighbours that are dead, merely cut off, or not connected yet: nothing can be said to them now, they may come
+    (as they were), and who promises that nothing is lost keeps what they are owed."""
 
     @property
     def share(self) -> float:
