@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from dlion.messages import PeerId
 
-NEWS_RECORDS_MAX = 32
+NEWS_RECORDS_MAX = 16
 """Records in one message: its text stays below what a field may hold."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 
