@@ -113,7 +113,7 @@ def test_a_peer_started_from_its_file_waits_trains_and_leaves_on_sigterm(tmp_pat
             f'out = "{tmp_path / name}"\n[peers]\n{other} = "{dialled}"\n'
         )
     with dlion("peer", str(tmp_path / "x1.toml"), "--until", "1h") as first:
-        _wait_for(lambda: (tmp_path / "x1" / "x1.host.json").exists())
+        _wait_for((tmp_path / "x1" / "x1.host.json").exists)
         with dlion("peer", str(tmp_path / "y1.toml"), "--until", "1h") as second:
             _wait_for(lambda: _steps(tmp_path / "x1", "x1") >= 3 and _steps(tmp_path / "y1", "y1") >= 3)
             second.terminate()
@@ -133,6 +133,7 @@ MISTAKES = {
     "unknown key": (("simulate", "--set", "train.lerning_rate=1"), 78, "learning_rate"),
     "unknown strategy": (("simulate", "--exchange", "ful"), 78, "full"),
     "impossible setting": (("simulate", "--set", "exchange.settings.n_min=0"), 78, "n_min"),
+    "unknown setting": (("simulate", "--exchange", "ako", "--set", "exchange.settings.foo=1"), 78, "foo"),
     "nonsense pace": (("simulate", "--exchange", "dlion", "--pace", "fast"), 78, "lockstep"),
     "unknown peer killed": (("simulate", "--kill", "zz@3"), 2, "zz"),
     "unknown option": (("up", "--tpology", "demo"), 2, "topology"),

@@ -173,7 +173,7 @@ def load_job(
     layers = [(str(found.path), read_toml(found.path))]
     layers += [(str(p), read_toml(p)) for p in _files(environ, directory or Path()) if p.is_file()]
     layers += _environment(environ)
-    layers += [(f"flag {key}", _nested(key.split("."), _text(value))) for key, value in (flags or {}).items()]
+    layers += _flags(flags or {})
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -191,10 +191,9 @@ def overruled(job: Job, flags: Mapping[str, object]) -> Job:
     """``job`` with some keys changed, as if ``flags`` had been given to ``load_job``. Raises ConfigError."""
     merged: dict[str, Any] = _known(msgspec.json.decode(msgspec.json.encode(job)))
     origins: dict[str, str] = {}
-    for key, value in flags.items():
-        layer = _nested(key.split("."), _text(value))
+    for origin, layer in _flags(flags):
         _settings_belong_to_name(merged, layer)
-        _merge(merged, layer, f"flag {key}", origins)
+        _merge(merged, layer, origin, origins)
     reader = Reader(job.job.name, origins)
     changed = reader.struct(merged, Job)
     _check(changed, reader)
@@ -230,6 +229,12 @@ def _environment(environ: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]
             keys = name.removeprefix("DLION_").lower().split(_SEPARATOR)
             found.append((f"environment {name}", _nested(keys, Text(environ[name]))))
     return found
+
+
+def _flags(flags: Mapping[str, object]) -> list[tuple[str, dict[str, Any]]]:
+    """One layer per flag; the strategy's name first, whatever their order: its settings belong to it."""
+    ordered = sorted(flags.items(), key=lambda flag: flag[0] != "exchange.name")
+    return [(f"flag {key}", _nested(key.split("."), _text(value))) for key, value in ordered]
 
 
 def _nested(keys: list[str], value: object) -> dict[str, Any]:
