@@ -28,6 +28,8 @@ from dlion.wire.codec import encode
 NODE_KINDS = {"~status": STATUS_FIELDS, "~done": DONE_FIELDS, "~bye": {}, "~refused": {"reason": str}}
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
+CARRY_SHARE = 0.1
+"""News of others waits for more of its kind this share of ``status_every_s`` at each hop."""
 
 
 class Alone(LinkError):  # noqa: N818 - what happened to the user
@@ -65,6 +67,7 @@ class Company:
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
+        self._carrying: asyncio.TimerHandle | None = None
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -112,8 +115,9 @@ class Company:
         self._seeking = False
 
     def close(self) -> None:
-        if self._aging is not None:
-            self._aging.cancel()
+        for timer in (self._aging, self._carrying):
+            if timer is not None:
+                timer.cancel()
         self.neighbours.close()
 
     def show(self, ctx: Context) -> None:
@@ -242,6 +246,14 @@ class Company:
         now = asyncio.get_running_loop().time()
         for record in records:
             self._turn(self.membership.roster.hear(record, message.hop, now))
+        if self._carrying is None and self._topology.talk != "mesh":
+            pause_s = CARRY_SHARE * self._settings.status_every_s
+            self._carrying = asyncio.get_running_loop().call_later(pause_s, self._carry)
+
+    def _carry(self) -> None:
+        """Pass news on. Waiting for our own turn to speak would make far peers seem silent."""
+        self._carrying = None
+        self._spread_news()
 
     # -- who is there -------------------------------------------------------------------------------------------
 
