@@ -1,4 +1,4 @@
-"""The roster: one rule of liveness, news that supersede, silence that is told and doubted, and what a hostile text may do."""
+"""The roster: one rule of liveness; news that supersede; silence that is told, and doubted; texts that are no news."""
 
 from __future__ import annotations
 
@@ -153,5 +153,5 @@ def test_news_travel_as_text(records: list[Record]) -> None:
     ],
 )
 def test_a_text_that_is_no_news_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011
+    with pytest.raises(ValueError):
         records_of(text)
