@@ -199,11 +199,11 @@ def times_of(lives: Sequence[Facts], simulated: Sequence[Facts]) -> Iterator[Lin
         if len(a) < len(simulated) or len(b) < len(lives):
             if a or b:
                 about = f"reached by {len(a)}/{len(simulated)} simulated, {len(b)}/{len(lives)} live"
-                yield Line(f"time to {target}", None, None, float("nan"), TIME_NEAR, len(a) == 0 or len(b) > 0, about)
+                yield Line(f"time to {target}", None, None, float("nan"), TIME_NEAR, bool(a and b), about)
             continue
         mean, deviation = float(np.mean(a)), float(np.std(a, ddof=1)) if len(a) > 1 else 0.0
         interval = STUDENT[min(len(a), len(STUDENT) + 1) - 2] * deviation / len(a) ** 0.5 if len(a) > 1 else 0.0
-        limit = max(TIME_NEAR, interval / mean)
+        limit = max(TIME_NEAR, interval / mean if mean else 0.0)
         difference = share(float(np.mean(b)), mean)
         about = f"{len(a)} seeds {min(a):.1f} to {max(a):.1f} s; {len(b)} live {min(b):.1f} to {max(b):.1f} s"
         yield Line(f"time to {target}", mean, float(np.mean(b)), difference, limit, difference <= limit, about)
