@@ -171,7 +171,8 @@ class Lab:
         addresses = {peer: host.address for peer, host in self.hosts.items()}
         router = Router(self.plan.topology, addresses, devices, self.queue_s)
         self.start()
-        os.setpriority(os.PRIO_PROCESS, 0, -10)  # a network waits for no process; the peers have ours as it was
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, max(before - 10, -20))  # a network waits for no process
         job = self.plan.job
         limit = time.monotonic() + START_S + job.job.until_s + job.node.drain_s + GRACE_S
         deaths = list(self.deaths)
@@ -185,7 +186,7 @@ class Lab:
             return all(host.process is None or host.process.poll() is not None for host in self.hosts.values())
 
         router.serve(done)
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        os.setpriority(os.PRIO_PROCESS, 0, before)
         return router
 
     def kill(self, peer: PeerId) -> None:
