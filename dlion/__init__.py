@@ -5,6 +5,7 @@ Law: the public names, loaded when asked for; nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+_PUBLIC: Mapping[str, str] = {
     "Node": "dlion.node",
     "embed": "dlion.embedded",
     "Workload": "dlion.learn.workload",

@@ -10,6 +10,7 @@ budget can be met without a guess. ``wire`` writes them so.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -36,7 +37,7 @@ class Encoding(IntEnum):
     I4 = 3
 
 
-_TOP_CODE = {Encoding.I8: 127, Encoding.I4: 7}
+_TOP_CODE: Mapping[Encoding, int] = {Encoding.I8: 127, Encoding.I4: 7}
 
 
 def value_bytes(encoding: Encoding, count: int) -> int:

@@ -23,9 +23,10 @@ from dlion.neighbours import Identity, Neighbours
 from dlion.net.link import Dialer, LinkError
 from dlion.net.session import SessionLimits
 from dlion.seams import NodeSettings
+from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
 
-NODE_KINDS = {"~status": STATUS_FIELDS, "~done": DONE_FIELDS, "~bye": {}, "~refused": {"reason": str}}
+NODE_KINDS: Kinds = {"~status": STATUS_FIELDS, "~done": DONE_FIELDS, "~bye": {}, "~refused": {"reason": str}}
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
 CARRY_SHARE = 0.1

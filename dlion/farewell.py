@@ -6,11 +6,11 @@ its origin's updates, behind them, over the same routes, so whoever has it has a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from dlion.messages import Message, PeerId
 
-DONE_FIELDS = {"peer": str, "leaving": bool}
+DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool}
 
 
 class Farewell:

@@ -26,7 +26,7 @@ HEADER_BYTES_MAX = 100_000_000
 
 Array = npt.NDArray[np.generic]
 
-_NAMES = {
+_NAMES: Mapping[str, str] = {
     "f8": "F64",
     "f4": "F32",
     "f2": "F16",
@@ -40,7 +40,7 @@ _NAMES = {
     "u1": "U8",
     "b1": "BOOL",
 }
-_TYPES = {name: np.dtype(f"<{code}") for code, name in _NAMES.items()}
+_TYPES: Mapping[str, np.dtype[np.generic]] = {name: np.dtype(f"<{code}") for code, name in _NAMES.items()}
 
 
 def write(path: Path, arrays: Mapping[str, Array]) -> tuple[int, str]:

@@ -45,7 +45,7 @@ def run_options(command: F) -> F:
     return command
 
 
-FLAGS = {
+FLAGS: Mapping[str, str] = {
     "exchange": "exchange.name",
     "pace": "pace.name",
     "until": "job.until",

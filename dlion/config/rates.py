@@ -7,6 +7,7 @@ Law: three forms, one result. ``"50Mbit"``; ``{ steps = [[0, "50Mbit"], ["60s", 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,9 +51,13 @@ class TraceTable(Table, frozen=True):
     """Means over steps this wide in place of the trace's own."""
 
 
-FITS = {"mahimahi": "bits_per_s", "s-mbit": "bits_per_s", "ms-kbit": "bits_per_s", "churn": "number"}
+FITS: Mapping[str, str] = {"mahimahi": "bits_per_s", "s-mbit": "bits_per_s", "ms-kbit": "bits_per_s", "churn": "number"}
 """Format -> the unit of what it holds; csv says so itself."""
-CSV_UNITS = {"bits_per_s": traces.RATE_UNITS, "seconds": traces.TIME_UNITS, "number": {"": 1.0}}
+CSV_UNITS: Mapping[str, Mapping[str, float]] = {
+    "bits_per_s": traces.RATE_UNITS,
+    "seconds": traces.TIME_UNITS,
+    "number": {"": 1.0},
+}
 
 
 class Rates:

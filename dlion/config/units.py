@@ -13,9 +13,18 @@ from msgspec import Meta
 
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([a-zA-Z/]*)\s*\Z")
 
-_SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_BITS = {"": 1.0, "bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "Tbit": 1e12}
-_BITS_PER_S = _BITS | {f"{unit}/s": factor for unit, factor in _BITS.items() if unit}
+_SECONDS: Mapping[str, float] = {
+    "": 1.0,
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "m": 60.0,
+    "min": 60.0,
+    "h": 3600.0,
+    "d": 86400.0,
+}
+_BITS: Mapping[str, float] = {"": 1.0, "bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "Tbit": 1e12}
+_BITS_PER_S: Mapping[str, float] = {**_BITS, **{f"{unit}/s": factor for unit, factor in _BITS.items() if unit}}
 _BYTES = {"": 1.0, "B": 1.0} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("kMGT")

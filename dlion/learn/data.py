@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -23,7 +24,7 @@ from dlion.tensors import Flat
 Bytes = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
-IDX_TYPES: dict[int, np.dtype[np.integer]] = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
+IDX_TYPES: Mapping[int, np.dtype[np.integer]] = {0x08: np.dtype(np.uint8), 0x0C: np.dtype(">i4")}
 IDX_BYTES_MAX = 1 << 30
 
 

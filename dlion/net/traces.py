@@ -13,7 +13,7 @@ import gzip
 import lzma
 import math
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,8 +28,16 @@ PACKET_BITS = 1500 * 8
 STEP_S = 0.1
 MEMBER = "::"
 
-TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
-RATE_UNITS = {"bit/s": 1.0, "kbit/s": 1e3, "Mbit/s": 1e6, "Gbit/s": 1e9, "B/s": 8.0, "kB/s": 8e3, "MB/s": 8e6}
+TIME_UNITS: Mapping[str, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
+RATE_UNITS: Mapping[str, float] = {
+    "bit/s": 1.0,
+    "kbit/s": 1e3,
+    "Mbit/s": 1e6,
+    "Gbit/s": 1e9,
+    "B/s": 8.0,
+    "kB/s": 8e3,
+    "MB/s": 8e6,
+}
 Format = Literal["mahimahi", "s-mbit", "ms-kbit"]
 FORMATS: tuple[Format, ...] = ("mahimahi", "s-mbit", "ms-kbit")
 
@@ -218,7 +226,7 @@ def live_count(path: str | Path) -> Rate:
     return _rate(path, [((at - first).total_seconds(), counts[at]) for at in sorted(counts)], 1.0, loop=False)
 
 
-def _unit(path: str | Path, unit: str, known: dict[str, float]) -> float:
+def _unit(path: str | Path, unit: str, known: Mapping[str, float]) -> float:
     if unit not in known:
         raise TraceError(str(path), 0, f"unknown unit {unit!r}, known are {', '.join(known)}")
     return known[unit]

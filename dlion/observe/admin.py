@@ -6,7 +6,7 @@ it behind your own application's doors.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import msgspec
@@ -16,7 +16,7 @@ from dlion.observe import metrics
 from dlion.observe.status import PeerStatus
 
 LOOPBACK = "127.0.0.1"
-_FRESH = {"Cache-Control": "no-store"}
+_FRESH: Mapping[str, str] = {"Cache-Control": "no-store"}
 
 
 def admin_application(status: Callable[[], PeerStatus]) -> web.Application:

@@ -5,7 +5,7 @@ Law: pure renderings of a list of PeerStatus, and one small view that picks betw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dlion.observe.status import LinkStatus, PeerStatus
 
-_STATE_STYLES = {"training": "green", "waiting": "yellow", "draining": "cyan", "stopped": "dim"}
+_STATE_STYLES: Mapping[str, str] = {"training": "green", "waiting": "yellow", "draining": "cyan", "stopped": "dim"}
 BAR_CELLS = 5
 HEAD_CHARS, CELL_CHARS, SHORT_CELL_CHARS = 8, 20, 15
 """Columns of the link table: its head, a cell with everything, a cell without the bar."""

@@ -6,8 +6,8 @@ Law: owns the format of one message and trusts no byte of it; knows no socket, n
 
 A body is ``scales, codes`` (one zstd frame when its header says so), then the positions (``wire.positions``), then
 zero bytes up to a multiple of 4. Every length but that of a zstd frame follows from the header, and all numbers are
-little-endian. Decoding guarantees: finite values, blocks inside the model, strictly ascending positions, finite
-fields, no value beyond VALUE_MAX, bounded everything. Whether the kind and its fields mean something is for ``wire.admit``.
+little-endian. Decoding guarantees: no value beyond VALUE_MAX, blocks inside the model, strictly ascending positions,
+finite fields, bounded everything. Whether the kind and its fields mean something is for ``wire.admit``.
 """
 
 from __future__ import annotations

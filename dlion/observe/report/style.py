@@ -7,7 +7,7 @@ page, whose stand-in colours become CSS variables so that one drawing follows th
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ HUES = ("#2f6fab", "#c9702b", "#3d8b6d", "#8a63a6", "#b34e63", "#8b7d3a", "#4a8f
 """Told apart on white and on near-black, and by most colour-blind readers in the first four."""
 SHORT_CHARS = 4
 """Up to this length, labels of one colour may share a place: names of peers."""
-STALLS = {"pace": "#c9702b", "strategy": "#8a63a6", "room": "#b34e63"}
+STALLS: Mapping[str, str] = {"pace": "#c9702b", "strategy": "#8a63a6", "room": "#b34e63"}
 
 
 def hue(index: int) -> str:
