@@ -51,11 +51,11 @@ class Stopwatch:
         def timed(*args: Any, **kwargs: Any) -> Any:
             inner = [0.0]
             self._open.append(inner)
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                taken = time.perf_counter() - begin
+                taken = time.process_time() - begin
                 self._open.pop()
                 self.seconds[category] += taken - inner[0]
                 if self._open:
