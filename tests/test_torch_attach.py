@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from torch_attach_kit import (  # noqa: E402
     BATCH,
     CLASSES,
     FEATURES,
+    Finite,
     Meeting,
     batches,
     loop,
@@ -32,9 +35,13 @@ from torch_attach_kit import (  # noqa: E402
     values,
 )
 
-from dlion.config import ConfigError, PeerSetup  # noqa: E402
+from dlion.cli import host  # noqa: E402
+from dlion.cli.build import exchange_of, learner_of, node_settings  # noqa: E402
+from dlion.cli.peer import plan_of_peer  # noqa: E402
+from dlion.config import ConfigError, PeerSetup, load_setup  # noqa: E402
 from dlion.exchange.base import Exchange  # noqa: E402
 from dlion.lane import Diverged  # noqa: E402
+from dlion.messages import PeerId  # noqa: E402
 from dlion.net.link import LinkError  # noqa: E402
 from dlion.observe import runlog  # noqa: E402
 from dlion.observe.read import parse  # noqa: E402
@@ -131,6 +138,31 @@ def test_the_jobs_optimizer_steps_where_the_user_has_none(tmp_path: Path) -> Non
         loop(pride, model, batches("a", 10))
     plain(one, torch.optim.SGD(one.parameters(), 0.2, 0.9), ([pair] for pair in batches("a", 10)))
     torch.testing.assert_close(values(model), values(one), atol=1e-5, rtol=0)
+
+
+def test_a_loop_trains_with_a_peer_that_dlion_runs(tmp_path: Path) -> None:
+    """The other peer is a TorchWorkload in an asyncio application: the same steps, and the loop's model is what one
+    process makes of both batches. The other one ends by itself."""
+    flags = {"train.batch": BATCH, "train.learning_rate": 0.3, "batching.mode": "fixed", "job.until": "50s"}
+    setups(tmp_path, "ab")
+    peers = {name: load_setup(tmp_path / f"{name}.toml", flags, {}) for name in "ab"}
+    meeting, steps = Meeting(peers), 10
+
+    async def application() -> int:
+        plan, finite = plan_of_peer(peers["b"]), Finite(steps)
+        learner = learner_of(plan, PeerId("b"), finite, exchange_of(plan.job))
+        introduce = partial(asyncio.to_thread, meeting.of("b"))
+        guest = host.Guest(learner, node_settings(plan.job))
+        doors = host.Doors(("127.0.0.1", 0), None)
+        async with host.hosted(plan, PeerId("b"), doors, tmp_path / "b", introduce, guest) as running:
+            await running.node.wait()
+        return running.node.step
+
+    users = side_by_side({"a": lambda: train(peers["a"], meeting, steps), "b": lambda: asyncio.run(application())})
+    one, (inputs, targets) = seeded(), next(batches("b", 1))
+    plain(one, sgd(one), ([own, (inputs[:1], targets[:1])] for own in batches("a", steps)))
+    torch.testing.assert_close(values(users["a"][0]), values(one), atol=1e-5, rtol=0)
+    assert users["b"] == steps
 
 
 def test_the_log_has_the_users_loss_and_learning_rate(tmp_path: Path) -> None:

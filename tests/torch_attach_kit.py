@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 
 from dlion.config import PeerSetup, load_setup
-from dlion.torch import Options, Pride, attach
+from dlion.learn.workload import Ended, Indices
+from dlion.tensors import Flat
+from dlion.torch import Options, Pride, TorchData, TorchWorkload, attach
 
 FEATURES, CLASSES, BATCH = 6, 3, 8
 MEET_S = 30.0
@@ -99,7 +102,7 @@ def seeded(make: Callable[[], nn.Module] = mlp) -> nn.Module:
         return make()
 
 
-def batches(name: str, steps: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+def batches(name: str, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     draw = torch.Generator().manual_seed(sum(name.encode()))
     for _ in range(steps):
         inputs = torch.randn(BATCH, FEATURES, generator=draw)
@@ -150,3 +153,18 @@ def side_by_side(users: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
 def values(model: nn.Module) -> torch.Tensor:
     """Trainable values, flat."""
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+class Finite(TorchWorkload):
+    """A peer that dlion's own loop trains: all its samples are alike, and after ``steps`` steps it leaves."""
+
+    def __init__(self, steps: int) -> None:
+        data = TensorDataset(*(part[:1].repeat(BATCH, *[1] * (part.ndim - 1)) for part in next(batches("b", 1))))
+        super().__init__(mlp, cross_entropy, TorchData(data, data))
+        self._left = steps
+
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        if not self._left:
+            raise Ended("enough")
+        self._left -= 1
+        return super().gradient(weights, batch, out)
