@@ -170,7 +170,12 @@ def ambient(source: Source) -> Iterator[tuple[int, str]]:
             yield node.lineno, ast.unparse(node)
         if isinstance(of, ast.Name) and (of.id in ("uuid", "secrets") or (of.id == "datetime" and "now" in node.attr)):
             yield node.lineno, ast.unparse(node)
-        if isinstance(of, ast.Attribute) and of.attr == "random" and node.attr not in SEEDED:
+        if (
+            isinstance(of, ast.Attribute)
+            and of.attr == "random"
+            and getattr(of.value, "id", "") in ("np", "numpy")
+            and node.attr not in SEEDED
+        ):
             yield node.lineno, ast.unparse(node)
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Call) and not node.args and ast.unparse(node.func).endswith("default_rng"):
