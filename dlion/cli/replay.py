@@ -23,13 +23,14 @@ from dlion.cli.record import doubts, whole
 from dlion.cli.simulate import play, write_run
 from dlion.config import overruled
 from dlion.mesh.changes import changed
+from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
+from dlion.net.wan import Rate
 from dlion.observe.live import size
 from dlion.observe.read import Run, read_directory
 from dlion.observe.recording import recorded, topology
 from dlion.observe.runlog import End, run_digest
 from dlion.observe.sidebyside import Pair, SideBySide, side_by_side, worst
-from dlion.simulation import Death
 
 DIED_BEFORE_S = 5.0
 """A log without a last line that ends so long before the others is that of a peer that died."""
@@ -42,7 +43,7 @@ class Recorded:
 
     run: Run
     plan: Plan
-    deaths: tuple[Death, ...]
+    """Of the network as recorded or stated; who was killed is absent from then on."""
     notes: tuple[str, ...]
     """What is uncertain about the network that will be played."""
 
@@ -66,7 +67,7 @@ def command(directory: Path, all_recorded: bool, out: Path | None, as_json: bool
     """
     found = load_recorded(directory, all_recorded)
     plan = altered(found.plan, options)
-    played = play(plan, found.deaths)
+    played = play(plan)
     if out is not None:
         write_run(plan, played, out)
     both = side_by_side(found.run, played.run, plan.job.evaluate.targets)
@@ -94,7 +95,7 @@ def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
         notes.append("the recorded run is void for timing: its machine was too busy")
     if run.seconds < plan.job.job.until_s:  # it was ended early
         plan = replace(plan, job=overruled(plan.job, {"job.until": run.seconds}))
-    return Recorded(run, replace(plan, topology=network), deaths_of(run), tuple(notes))
+    return Recorded(run, replace(plan, topology=_with_deaths(network, run)), tuple(notes))
 
 
 def altered(plan: Plan, options: Mapping[str, Any]) -> Plan:
@@ -103,14 +104,16 @@ def altered(plan: Plan, options: Mapping[str, Any]) -> Plan:
     return check(replace(plan, job=overruled(plan.job, flags_of(options)), topology=network))
 
 
-def deaths_of(run: Run) -> tuple[Death, ...]:
-    """Peers whose log breaks off well before the run's end: they were killed, and are killed again."""
-    found = []
+def _with_deaths(network: Topology, run: Run) -> Topology:
+    """Peers whose log breaks off well before the run's end were killed, and are killed again."""
+    peers = dict(network.peers)
     for peer, log in run.peers.items():
         last = max(float(c["t"].max()) for c in log.events.values() if c["t"].size)
-        if not log[End]["t"].size and last < run.seconds - DIED_BEFORE_S:
-            found.append(Death(PeerId(peer), last))
-    return tuple(found)
+        spec = peers.get(PeerId(peer))
+        if spec is None or spec.presence is not None or log[End]["t"].size or last > run.seconds - DIED_BEFORE_S:
+            continue
+        peers[spec.name] = replace(spec, presence=Rate.steps([0.0, last], [1.0, 0.0], loop=False))
+    return replace(network, peers=peers)
 
 
 def digest_of(directory: Path) -> str:
