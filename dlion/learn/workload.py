@@ -119,3 +119,7 @@ class Part:
         self.global_train_size = whole.global_train_size
         self.train_size = max(1, int(share * whole.train_size))
         self.initial, self.gradient, self.evaluate = whole.initial, whole.gradient, whole.evaluate
+        if isinstance(whole, Stateful):
+            self.state, self.restore = whole.state, whole.restore
+        if isinstance(whole, Choosing):
+            self.optimizer = whole.optimizer
