@@ -139,17 +139,19 @@ class Case:
     sets: tuple[str, ...]
     out: Path
     targets: tuple[float, ...]
+    realtime: bool = False
 
     def run(self, way: str, seed: int) -> Facts:
         """Run once. Raises CalledProcessError with the run's own words on stderr."""
         name = f"{Path(self.topology).stem}-{self.exchange}-{way}-{seed}"
         directory = next(p for n in itertools.count() if not (p := self.out / f"{name}-{n}").exists())
         verb = [str(SCRIPTS / "wan_lab.py")] if way == "lab" else ["-m", "dlion", way]
+        before = ["chrt", "--rr", "1"] if self.realtime and way != "simulate" else []
         words = ["--job", self.job, "--topology", self.topology, "--exchange", self.exchange, "--until", self.until]
         words += [word for text in self.sets for word in ("--set", text)]
         source = str(Path(dlion.__file__).parent.parent)
         subprocess.run(
-            [sys.executable, *verb, *words, "--seed", str(seed), "--out", str(directory), "--json"],
+            [*before, sys.executable, *verb, *words, "--seed", str(seed), "--out", str(directory), "--json"],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -229,7 +231,7 @@ def traced(trace: Path, out: Path) -> str:
     return str(path)
 
 
-COMMON = ("job", "until", "after", "sets", "targets")
+COMMON = ("job", "until", "after", "sets", "targets", "realtime")
 
 
 @click.command()
@@ -245,6 +247,7 @@ COMMON = ("job", "until", "after", "sets", "targets")
 @click.option("--seeds", default=5, show_default=True, help="Simulated seeds.")
 @click.option("--lives", default=1, show_default=True, help="Live runs that count, of seeds 0, 1, ...")
 @click.option("--tries", default=3, show_default=True, help="How often a void run is repeated.")
+@click.option("--realtime", is_flag=True, help="Live processes before all others, on a machine shared with others.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Where runs and truth.json go.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, nothing else.")
 def main(topologies: tuple[str, ...], exchanges: tuple[str, ...], ways: tuple[str, ...], **options: Any) -> None:
