@@ -210,6 +210,8 @@ class _Host:
 
     def turn(self) -> Turn:
         """Wait for the next snapshot; raises what ended the node, RuntimeError if nothing did."""
+        if self._thread.ident is None:
+            raise RuntimeError("nothing runs yet: use attach in a with statement")
         found = self.guest.turn()
         if found is None:
             raise self._failure or RuntimeError("this peer's run is over")

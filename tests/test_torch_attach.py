@@ -345,8 +345,10 @@ def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
     assert not other.is_alive()
 
 
-def test_a_step_after_the_block_is_refused(tmp_path: Path) -> None:
+def test_a_step_outside_the_block_is_refused(tmp_path: Path) -> None:
     model = mlp()
+    with pytest.raises(RuntimeError, match="use attach in a with statement"):
+        attach(model, sgd(model), alone(tmp_path)).step()
     with attach(model, sgd(model), alone(tmp_path)) as pride:
         loop(pride, model, batches("a", 1))
     with pytest.raises(RuntimeError, match="run is over"):
