@@ -157,10 +157,26 @@ def test_a_budget_is_refused_by_who_keeps_none() -> None:
         exchange_of(job)
 
 
-def test_the_survivors_of_a_death_agree_up_to_what_it_had_told_some_of_them() -> None:
+@pytest.mark.parametrize(
+    "clouds", [{"a0": "A", "a1": "B", "b0": "C", "z": "C"}, {"a0": "A", "a1": "A", "b0": "B", "z": "A"}]
+)
+def test_the_survivors_of_a_death_agree_on_what_it_had_told_only_some(clouds: dict[str, str]) -> None:
+    """In a mesh; and in the micro-cloud of one that was no bridge, and beyond."""
+    talk = "bridges" if clouds["a1"] == "A" else "mesh"
+    bench = narrow(Bench(Pride, clouds, layout=LAYOUT, talk=talk, seed=3))  # type: ignore[arg-type]
+    bench.run(6, learn)
+    before = bench.routes.neighbours(PeerId("a0"))
+    bench.kill("z")
+    assert set(bench.routes.neighbours(PeerId("a0"))) == set(before) - {"z"}
+    bench.run(8, learn)
+    bench.drain()
+    assert bench.disagreement < 1e-5
+
+
+def test_a_death_among_six_peers_is_settled() -> None:
     played = toy(load_topology("hetero-system"), 20.0, (Death(PeerId("b1"), 6.0),))
     assert "b1" not in played.views
-    assert disagreement(played.views) < 1e-3
+    assert disagreement(played.views) < 1e-5
 
 
 def test_a_neighbour_twenty_times_slower_stalls_nobody() -> None:

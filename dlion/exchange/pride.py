@@ -9,6 +9,8 @@ al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it toget
 - *Speculation.* What a neighbour does reaches us late. Until then we assume that it moves as we do, in proportion to
   its speed, and take that back when its word of that time arrives. Own steps are kept for this, at most
   ``trust_steps`` of them: who is silent for longer is no longer guessed.
+- *Estates.* What a dead peer had told some and not others is settled in the drain: the first of those who heard it
+  tells the rest what it had heard in all. (A neighbour costs two arrays of the model's size: owed, and heard.)
 - *The consensus view*, the replica without what is only assumed, is what is evaluated, saved and served.
 """
 
@@ -22,7 +24,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, compress, dense
-from dlion.exchange.base import Action, Add, Context, LinkView, Timer, Update
+from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech, Timer, Update
 from dlion.exchange.owed import Owed, Piece
 from dlion.exchange.spread import Account, Spread
 from dlion.messages import Message, PeerId, Span
@@ -84,6 +86,7 @@ class Pride(Spread):
     name = "pride"
     consensus = True
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
+    speaks: ClassVar[Speech] = {**Spread.speaks, "estate": {"cloud": str, "of": str}}
 
     def __init__(
         self,
@@ -111,6 +114,14 @@ class Pride(Spread):
         self._via: dict[PeerId, Account] = {}
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
+        self._heard: dict[PeerId, Flat] = {}
+        """All that each neighbour has told us."""
+        self._met: dict[PeerId, str] = {}
+        """Who ever was a neighbour, and its micro-cloud."""
+        self._settled: set[PeerId] = set()
+        """The dead of whose estate we have told."""
+        self._wills: dict[PeerId, Message] = {}
+        """Estates told to us, until we too know that their owner is dead."""
         self._draining = False
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -125,6 +136,7 @@ class Pride(Spread):
         values *= np.float32(ctx.share)
         coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
+        self._met.update((peer, link.cloud) for peer, link in ctx.links.items())
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
@@ -144,7 +156,14 @@ class Pride(Spread):
             yield from self._later(ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        if message.kind == "estate":
+            self._wills[PeerId(str(message.fields["of"]))] = message
+            return
         yield from super().on_message(origin, message, ctx)
+        if message.hop not in self._heard:
+            self._heard[message.hop] = np.zeros(ctx.layout.size, dtype=np.float32)
+        for block in message.blocks:
+            block.add_to(self._heard[message.hop])
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return
@@ -176,6 +195,8 @@ class Pride(Spread):
         self._draining = True
         while self._assumed:
             yield self._drop()
+        yield from self._settle(ctx)
+        yield from self._inherit(ctx)
         limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
         yield from self._tell([a for a in self.owed if a[0] not in limited], ctx, everything=True)
         yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
@@ -183,11 +204,14 @@ class Pride(Spread):
 
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
-        return {**super().state(), **({"assumed": -assumed} if self._assumed else {})}
+        heard = {f"heard/{peer}": flat.copy() for peer, flat in self._heard.items()}
+        return {**super().state(), **heard, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         """What was assumed is taken back as if of somebody who left."""
         super().restore(state, ctx)
+        heard = {name.removeprefix("heard/"): flat for name, flat in state.items() if name.startswith("heard/")}
+        self._heard = {PeerId(peer): np.array(flat, dtype=np.float32) for peer, flat in heard.items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
             self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
@@ -240,6 +264,33 @@ class Pride(Spread):
         owing = {peer for (peer, _), owed in self.owed.items() if owed}
         if any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
             yield Timer(ctx.now + self.period_s, "say")
+
+    # -- what the dead leave -------------------------------------------------------------------------------------
+
+    def _settle(self, ctx: Context) -> Iterator[Action]:
+        """The first of those who heard a dead peer says what it heard. Over bridges only its micro-cloud had heard it
+        speak for itself; a limited link is spared."""
+        told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
+        everybody = len(told) == len(ctx.members) - 1
+        for dead in sorted(set(self._met) - set(ctx.members) - self._settled):
+            if not everybody and self._met[dead] != ctx.cloud:
+                continue
+            heirs = [p for p in told if everybody or ctx.links[p].lan]
+            if ctx.me < min(heirs, default=ctx.me):
+                self._settled.add(dead)
+                heard = dense(self._heard.get(dead, np.zeros(ctx.layout.size, dtype=np.float32)))
+                message = Message("estate", ctx.step, 0, {"cloud": ctx.cloud, "of": dead}, (heard,))
+                yield Send(tuple(p for p in heirs if not self.allowance.limits(ctx.links[p])), message)
+
+    def _inherit(self, ctx: Context) -> Iterator[Action]:
+        """From now on we have heard of the dead what the first of us has."""
+        for dead in sorted(set(self._wills) - set(ctx.members)):
+            message = self._wills.pop(dead)
+            heard = message.blocks[0].values
+            missed = heard - self._heard.get(dead, np.float32(0))
+            self._heard[dead] = heard.copy()
+            yield Add(missed, message=message)
+            yield from self.spread(dense(missed), (), ctx, message)
 
     # -- what to assume ------------------------------------------------------------------------------------------
 

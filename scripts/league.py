@@ -1,0 +1,327 @@
+"""The league: every strategy of the family on the same links, data and gradients, in virtual time.
+
+    python scripts/league.py tune --data ../shared/data/training             # learning rates, on another seed
+    python scripts/league.py run --data ../shared/data/training SCENARIO...  # resumable: finished runs are skipped
+    python scripts/league.py page                                            # docs/league.md and its pictures
+
+Law: the experiment, and nothing that the program itself needs. Each run is a process of its own (``league.py one``),
+its row one line of docs/league/results.jsonl; the page is a function of those lines. Every strategy gets the same
+model, batches, optimizer, links and the same few learning rates to choose from; all other settings are its defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import click
+import league_page
+import numpy as np
+
+from dlion.cli.build import Plan, node_settings, workload_of
+from dlion.cli.simulate import Played, play
+from dlion.config import load_job, load_topology
+from dlion.mesh.topology import Speed, Topology
+from dlion.messages import PeerId
+from dlion.net.wan import Rate
+from dlion.observe.runlog import Send
+from dlion.observe.summary import evaluations, together
+from dlion.simulation import Death
+
+RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
+RATES = (0.02, 0.05, 0.1)
+"""Learning rates to choose from; half the least is tried too where the least is the best."""
+TUNE_SCENARIO, TUNE_SEED, TUNE_S = "hetero-system", 100, 40.0
+
+ORACLE = "oracle"
+STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ORACLE: ("full", {}),
+    "full": ("full", {}),
+    "hop": ("hop", {}),
+    "gaia": ("gaia", {}),
+    "ako": ("ako", {}),
+    "tfako": ("tfako", {}),
+    "dlion": ("dlion", {}),
+    "dlion-residual": ("dlion", {"residual": True, "transfer": "off"}),
+    "choco": ("choco", {}),
+    "fedavg": ("fedavg", {}),
+    "diloco": ("diloco", {}),
+    "sparseloco": ("sparseloco", {}),
+    "noloco": ("noloco", {}),
+    "streaming": ("streaming", {}),
+    "local-sgd": ("local-sgd", {}),
+    "pride": ("pride", {}),
+    "pride-plain": ("pride", {"speculation": 0.0}),
+}
+"""Rows of the table: strategy and what differs from its defaults."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``change`` is made to the shipped topology."""
+
+    topology: str
+    about: str = ""
+    change: Callable[[Topology], Topology] = lambda topology: topology
+    deaths: tuple[Death, ...] = ()
+
+
+def slower(peer: str, factor: float) -> Callable[[Topology], Topology]:
+    def change(topology: Topology) -> Topology:
+        spec = topology.peers[PeerId(peer)]
+        assert spec.speed is not None
+        slow = replace(spec, speed=Speed(Rate.constant(spec.speed.samples_per_s.mean / factor)))
+        return replace(topology, peers={**topology.peers, PeerId(peer): slow})
+
+    return change
+
+
+def cut(a: str, b: str, since_s: float, until_s: float) -> Callable[[Topology], Topology]:
+    def change(topology: Topology) -> Topology:
+        up = Rate((0.0, since_s, until_s), (1.0, 0.0, 1.0))
+        ends = (PeerId(a), PeerId(b)), (PeerId(b), PeerId(a))
+        return replace(topology, links={**topology.links, **{e: replace(topology.links[e], up=up) for e in ends}})
+
+    return change
+
+
+SHIPPED = ("homogeneous", "hetero-compute", "hetero-network", "hetero-system", "hetero-system-5")
+SCENARIOS: Mapping[str, Scenario] = {
+    **{name: Scenario(name) for name in (*SHIPPED, "hetero-system-egress", "dynamic-system", "demo")},
+    "slow-peer": Scenario("hetero-system", "hetero-system with c2 20 times slower", slower("c2", 20.0)),
+    "link-out": Scenario(
+        "hetero-system", "hetero-system, a1 and b1 cut off from 20 s to 50 s", cut("a1", "b1", 20, 50)
+    ),
+    "killed": Scenario("hetero-system", "hetero-system, b1 killed at 25 s", deaths=(Death(PeerId("b1"), 25.0),)),
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run."""
+
+    strategy: str
+    scenario: str
+    seed: int
+    rate: float
+    until_s: float
+    partition: str = "iid"
+    workload: str = "fashion-mnist"
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    def flags(self, data: Path) -> dict[str, object]:
+        name, settings = STRATEGIES[self.strategy]
+        return {
+            "exchange.name": name,
+            **{f"exchange.settings.{key}": value for key, value in settings.items()},
+            "job.until": self.until_s,
+            "job.seed": self.seed,
+            "data.dir": str(data),
+            "data.partition": self.partition,
+            "model.hidden": [512, 256],
+            "train.learning_rate": self.rate,
+            "train.momentum": 0.9,
+            "batching.growth": False,
+            "evaluate.every": 5.0,
+            "evaluate.samples": 2000,
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one run came to. Times in seconds, bytes as sent between micro-clouds; ``curve`` of the deployable view."""
+
+    spec: dict[str, Any]
+    times: list[float]
+    mean: list[float]
+    worst: list[float]
+    wan_bytes: list[float]
+    full_mean: float
+    full_worst: float
+    stalled: float
+    steps: tuple[int, int]
+    disagreement: float | None
+    wall_s: float
+    log_sha256: str
+    parameters: int
+    failed: str = field(default="")
+
+
+def plan_of(spec: Spec, data: Path) -> Plan:
+    scenario = SCENARIOS[spec.scenario]
+    topology = scenario.change(load_topology(scenario.topology))
+    job = load_job(spec.workload, spec.flags(data))
+    return Plan(job, ideal(topology) if spec.strategy == ORACLE else topology)
+
+
+def ideal(topology: Topology) -> Topology:
+    """The same samples per second in all, evenly spread, and links without limit or delay."""
+    speeds = [peer.speed.samples_per_s.mean for peer in topology.peers.values() if peer.speed]
+    even = Speed(Rate.constant(sum(speeds) / len(speeds)))
+    return replace(
+        topology,
+        peers={name: replace(peer, speed=even) for name, peer in topology.peers.items()},
+        links={e: replace(link, resources=(), delay_s=0.0, up=None) for e, link in topology.links.items()},
+        resources={},
+    )
+
+
+def perform(spec: Spec, data: Path) -> Row:
+    """Simulate; the oracle's exchange lane is free of charge, and nobody dies on it."""
+    plan = plan_of(spec, data)
+    if spec.strategy == ORACLE:
+        free = replace(node_settings(plan.job), exchange_s_per_byte=0.0, exchange_s_per_item=0.0)
+        return row_of(spec, plan, play(plan, settings=free))
+    return row_of(spec, plan, play(plan, SCENARIOS[spec.scenario].deaths))
+
+
+def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
+    times, values = together([evaluations(played.run.peers[peer], "accuracy") for peer in played.views])
+    sends = [log[Send] for log in played.run.peers.values()]
+    sent_at = np.concatenate([s["t"][s["wan"]] for s in sends])
+    order = np.argsort(sent_at)
+    total = np.concatenate(([0.0], np.cumsum(np.concatenate([s["bytes"][s["wan"]] for s in sends])[order])))
+    workload = workload_of(plan, plan.peers[0])
+    disagreement = played.summary["replica_disagreement"]
+    views = list(played.views.values())
+    one = disagreement is not None and disagreement < 1e-4
+    full = [workload.evaluate(view).accuracy for view in (views[:1] if one else views)]
+    steps = [played.summary["steps"][peer] for peer in played.views]
+    return Row(
+        spec=asdict(spec),
+        times=[round(float(t), 3) for t in times],
+        mean=[round(float(a), 5) for a in values.mean(axis=0)],
+        worst=[round(float(a), 5) for a in values.min(axis=0)],
+        wan_bytes=[float(total[i]) for i in np.searchsorted(sent_at[order], times, side="right")],
+        full_mean=float(np.mean(full)),
+        full_worst=float(min(full)),
+        stalled=max(played.summary["stalled_share"][peer] for peer in played.views),
+        steps=(min(steps), max(steps)),
+        disagreement=disagreement,
+        wall_s=round(played.summary["wall_seconds"] or 0.0, 1),
+        log_sha256=played.summary["log_sha256"] or "",
+        parameters=workload.layout.size,
+    )
+
+
+def rows() -> list[dict[str, Any]]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines() if line]
+
+
+def run_all(specs: Iterable[Spec], data: Path, jobs: int, limit_s: float) -> None:
+    """Run what has no row yet, ``jobs`` processes at a time, each at most ``limit_s`` real seconds."""
+    have = {json.dumps(row["spec"], sort_keys=True) for row in rows()}
+    todo = [spec for spec in specs if spec.key not in have]
+
+    def one(spec: Spec) -> None:
+        command = [sys.executable, __file__, "one", "--data", str(data), spec.key]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+            line, error = done.stdout.strip(), done.stderr.strip()[-300:]
+        except subprocess.TimeoutExpired:
+            line, error = "", f"more than {limit_s:g} s"
+        if not line:
+            click.echo(f"FAILED {spec.key}: {error}", err=True)
+            return
+        with RESULTS.open("a") as file:
+            file.write(line + "\n")
+        row = json.loads(line)
+        click.echo(
+            f"{spec.scenario} {spec.partition} {spec.strategy} seed {spec.seed} rate {spec.rate}: "
+            f"{row['mean'][-1]:.4f} after {row['wall_s']} s",
+            err=True,
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, todo))
+
+
+def tuned() -> dict[str, float]:
+    """Each strategy's learning rate: the best mean accuracy over the second half of its tuning runs."""
+    best: dict[str, tuple[float, float]] = {}
+    for row in rows():
+        spec = row["spec"]
+        if spec["seed"] == TUNE_SEED:
+            late = row["mean"][len(row["mean"]) // 2 :]
+            best[spec["strategy"]] = max(best.get(spec["strategy"], (0.0, 0.0)), (sum(late) / len(late), spec["rate"]))
+    return {strategy: rate for strategy, (_, rate) in best.items()}
+
+
+data_option = click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
+jobs_option = click.option("--jobs", default=1, show_default=True, help="Processes at a time.")
+limit_option = click.option("--limit", "limit_s", default=600.0, show_default=True, help="Real seconds per run.")
+strategies_option = click.option("--strategies", default=",".join(STRATEGIES), help="Comma-separated; default: all.")
+
+
+@click.group()
+def league() -> None:
+    """Rank the strategies."""
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+
+
+@league.command()
+@data_option
+@jobs_option
+@limit_option
+@strategies_option
+def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
+    """Try every learning rate on one scenario, on a seed that counts for nothing else."""
+    names = strategies.split(",")
+    run_all([Spec(s, TUNE_SCENARIO, TUNE_SEED, rate, TUNE_S) for s in names for rate in RATES], data, jobs, limit_s)
+    best, least = tuned(), min(RATES)
+    lower = [s for s in names if best[s] == least]
+    run_all([Spec(s, TUNE_SCENARIO, TUNE_SEED, least / 2, TUNE_S) for s in lower], data, jobs, limit_s)
+
+
+@league.command()
+@data_option
+@jobs_option
+@limit_option
+@strategies_option
+@click.option("--seeds", default="0", show_default=True, help="Comma-separated.")
+@click.option("--until", "until_s", default=80.0, show_default=True, help="Virtual seconds.")
+@click.option("--partition", default="iid", show_default=True)
+@click.argument("scenarios", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
+def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of: Any) -> None:
+    """Run strategies on scenarios with their tuned learning rates."""
+    rates = tuned()
+    specs = [
+        Spec(strategy, scenario, int(seed), rates[strategy], of["until_s"], of["partition"])
+        for scenario in scenarios
+        for seed in of["seeds"].split(",")
+        for strategy in of["strategies"].split(",")
+    ]
+    run_all(specs, data, jobs, limit_s)
+
+
+@league.command()
+@data_option
+@click.argument("spec")
+def one(data: Path, spec: str) -> None:
+    """One run, given as the JSON of its row's ``spec``; prints the row."""
+    click.echo(json.dumps(asdict(perform(Spec(**json.loads(spec)), data))))
+
+
+@league.command()
+def page() -> None:
+    """Write docs/league.md and its pictures from the results."""
+    about = {name: scenario.about for name, scenario in SCENARIOS.items()}
+    league_page.write(rows(), tuned(), about, TUNE_SEED, RESULTS.parent)
+
+
+if __name__ == "__main__":
+    league()

@@ -1,0 +1,232 @@
+"""The league's page: docs/league.md and its pictures, from the rows alone.
+
+Law: rows in, files out; no simulation. Every figure is computed here, none is typed in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dlion.observe.report import style
+from dlion.observe.summary import Curve, time_to
+
+Rows = list[dict[str, Any]]
+TARGETS = (0.80, 0.85, 0.88)
+ORACLE, OURS = "oracle", "pride"
+ORACLE_SHARE = 0.6
+"""The added target is what the oracle reaches in this share of the horizon."""
+TIE = 0.05
+"""Times that differ by less than this share are a tie; one step of the evaluation's grid is about as much."""
+DRAWN_MAX = 8
+
+INTRO = """# The league
+
+Every strategy of the family on the same links, data and gradients, in virtual time (`dlion simulate`): real nodes,
+sessions and codecs, modelled durations. Written by `scripts/league.py page` from `docs/league/results.jsonl`; edit
+neither by hand.
+
+- **Task**: Fashion-MNIST, an MLP 784-512-256-10 ({parameters:,} parameters, 2.1 MB in float32), 64 samples per step
+  and peer at the start, dealt by compute power from then on; the global batch does not grow
+  (`batching.growth = false`); SGD with momentum 0.9. Accuracy on 2,000 fixed test images every 5 virtual seconds, on
+  all 10,000 at the end, always of the deployable view (what a peer would save and serve).
+- **oracle** is the limit: `full` in lockstep with the same samples per second in all, spread evenly, links without
+  limit or delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
+- **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` with seed {tune_seed} and 40 virtual
+  seconds (the best mean accuracy over the second half); the least only where the next was the best of
+  three. All else: defaults.
+- **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
+  the horizon.
+- **Noise**: most rows are one seed (see the column). One seed is a hint, not a proof; times closer than 5 % are called
+  ties.
+
+Commands (a run that has its row is skipped):
+
+    python scripts/league.py tune --data ../shared/data/training
+    python scripts/league.py run --data ../shared/data/training SCENARIO...
+    python scripts/league.py one --data ../shared/data/training 'SPEC'      # any one run; specs are at the end
+    python scripts/league.py page
+"""
+
+
+def smooth(row: Mapping[str, Any]) -> Curve:
+    times, mean = np.array(row["times"]), np.array(row["mean"])
+    soft = mean.copy()
+    if mean.size >= 3:
+        soft[1:-1] = (mean[:-2] + mean[1:-1] + mean[2:]) / 3.0
+    return times, soft
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """None (never) counts as later than anything."""
+    found = float(np.median([np.inf if v is None else v for v in values]))
+    return None if found == np.inf else found
+
+
+def reached(rows: Rows, target: float) -> float | None:
+    return median([time_to(smooth(row), target) for row in rows])
+
+
+def bytes_to(row: Mapping[str, Any], target: float) -> float | None:
+    at = time_to(smooth(row), target)
+    return None if at is None else float(np.interp(at, row["times"], row["wan_bytes"]))
+
+
+def shown(value: float | None, form: str = "{:.1f}") -> str:
+    return "–" if value is None else form.format(value)
+
+
+def by_strategy(rows: Rows) -> dict[str, Rows]:
+    found: dict[str, Rows] = {}
+    for row in rows:
+        found.setdefault(row["spec"]["strategy"], []).append(row)
+    return found
+
+
+def targets_of(groups: Mapping[str, Rows]) -> tuple[float, ...]:
+    """The fixed ones, and what the oracle reaches in 60 % of the horizon."""
+    if ORACLE not in groups:
+        return TARGETS
+    curves = [smooth(row) for row in groups[ORACLE]]
+    until_s = groups[ORACLE][0]["spec"]["until_s"]
+    limit = float(np.median([np.interp(ORACLE_SHARE * until_s, *curve) for curve in curves]))
+    return tuple(sorted({*TARGETS, np.floor(limit * 1000) / 1000}))
+
+
+def table(groups: Mapping[str, Rows]) -> str:
+    targets = targets_of(groups)
+    main = next(t for t in targets if t not in TARGETS) if len(targets) > len(TARGETS) else TARGETS[0]
+
+    def order(name: str) -> tuple[float, float]:
+        at = reached(groups[name], main)
+        return (np.inf if at is None else at, -np.mean([row["mean"][-1] for row in groups[name]]))
+
+    head = ["strategy", "lr", "seeds", *(f"{100 * t:.3g} % at, s" for t in targets), "at the end", "all 10,000: mean"]
+    head += ["worst peer", f"WAN MB to {100 * main:.3g} %", "WAN MB", "stalled", "disagreement"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name in sorted(groups, key=order):
+        rows = groups[name]
+        wan = median([bytes_to(row, main) for row in rows])
+        cells = [f"**{name}**" if name == OURS else name, f"{rows[0]['spec']['rate']:g}", str(len(rows))]
+        cells += [shown(reached(rows, t)) for t in targets]
+        cells += [f"{100 * np.mean([row[key] for row in rows]):.1f}" for key in ("full_mean", "full_worst")]
+        cells.insert(-2, f"{100 * np.mean([row['mean'][-1] for row in rows]):.1f}")
+        cells.append("0" if name == ORACLE else shown(None if wan is None else wan / 1e6, "{:.0f}"))
+        cells.append("0" if name == ORACLE else f"{np.mean([row['wan_bytes'][-1] for row in rows]) / 1e6:.0f}")
+        cells.append(f"{100 * max(row['stalled'] for row in rows):.1f} %")
+        cells.append(shown(max(row["disagreement"] or 0.0 for row in rows), "{:.0e}"))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def verdict(groups: Mapping[str, Rows]) -> str:
+    """Ours against each other strategy at the target nearest to the oracle's limit: wins, ties, losses."""
+    if OURS not in groups:
+        return ""
+    targets = targets_of(groups)
+    main = next((t for t in targets if t not in TARGETS), TARGETS[0])
+    ours = reached(groups[OURS], main)
+    if ours is None:
+        return f"pride does not reach {100 * main:.3g} %."
+    sides: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
+    for name, rows in groups.items():
+        if name in (OURS, ORACLE):
+            continue
+        theirs = reached(rows, main)
+        horizon = float(rows[0]["spec"]["until_s"])
+        ratio = (horizon if theirs is None else theirs) / ours
+        text = f"{name} ({'at least ' if theirs is None else ''}{ratio:.2f}x)"
+        side = "level with" if theirs is not None and abs(ratio - 1) < TIE else "ahead of" if ratio > 1 else "behind"
+        sides[side].append(text)
+    text = f"At {100 * main:.3g} %, pride (their time over ours) is " + "; ".join(
+        f"{side} {', '.join(names) if names else 'nobody'}" for side, names in sides.items()
+    )
+    if ORACLE in groups and (limit := reached(groups[ORACLE], main)) is not None:
+        text += f". Speed relative to the oracle: {limit / ours:.2f}"
+    return text + "."
+
+
+def _line(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], index: int, name: str) -> None:
+    dashed = name == ORACLE
+    axes.plot(x, y, color="#777f88" if dashed else style.hue(index), linestyle="--" if dashed else "-")
+
+
+def draw(groups: Mapping[str, Rows], out: Path) -> None:
+    """Left: accuracy over time. Right: accuracy over bytes. The best few by accuracy at the end, and the oracle."""
+    ranked = sorted(groups, key=lambda name: -float(np.mean([row["mean"][-1] for row in groups[name]])))
+    names = [n for n in ranked if n not in (ORACLE, OURS)][: DRAWN_MAX - 1]
+    names = [OURS, *names] if OURS in groups else names
+    with style.in_theme(style.LIGHT, "league"):
+        figure = Figure(figsize=(11.5, 4.2))
+        left, right = figure.add_axes((0.05, 0.12, 0.34, 0.78)), figure.add_axes((0.55, 0.12, 0.34, 0.78))
+        ends: list[tuple[float, str, str]] = []
+        final: list[tuple[float, str, str]] = []
+        for i, name in enumerate([*names, *([ORACLE] if ORACLE in groups else [])]):
+            times = np.array(groups[name][0]["times"])
+            curves = [np.interp(times, *smooth(row)) for row in groups[name]]
+            mean = np.mean(curves, axis=0)
+            colour = "#777f88" if name == ORACLE else style.hue(i)
+            _line(left, times, mean, i, name)
+            ends.append((float(mean[-1]), name, colour))
+            if name != ORACLE:
+                sent = np.mean([np.interp(times, r["times"], r["wan_bytes"]) for r in groups[name]], axis=0) / 1e6
+                _line(right, sent[1:], mean[1:], i, name)
+                final.append((float(mean[-1]), name, colour))
+        low = max(0.5, min(y for y, _, _ in ends) - 0.12)
+        for axes, labels, unit in ((left, ends, "virtual seconds"), (right, final, "MB between micro-clouds")):
+            axes.set_ylim(low, max(y for y, _, _ in ends) + 0.01)
+            axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+            axes.set_xlabel(unit)
+            style.end_labels(axes, labels)
+        left.set_xlim(left=0)
+        left.margins(x=0)
+        right.set_xscale("log")
+        left.set_title("Accuracy over time")
+        right.set_title("Accuracy over bytes")
+        out.write_bytes(style.as_png(figure))
+
+
+def rates_text(rows: Rows, chosen: Mapping[str, float], seed: int) -> str:
+    tried: dict[str, dict[float, float]] = {}
+    for row in rows:
+        if row["spec"]["seed"] == seed:
+            late = row["mean"][len(row["mean"]) // 2 :]
+            tried.setdefault(row["spec"]["strategy"], {})[row["spec"]["rate"]] = sum(late) / len(late)
+    rates = sorted({rate for of in tried.values() for rate in of})
+    lines = ["| strategy | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + " --- |" * (len(rates) + 1)]
+    for name, of in tried.items():
+        cells = [shown(of.get(rate), "{:.3f}") for rate in rates]
+        cells = [f"**{c}**" if rate == chosen[name] else c for c, rate in zip(cells, rates, strict=True)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(rows: Rows, chosen: Mapping[str, float], about: Mapping[str, str], tune_seed: int, out: Path) -> None:
+    """``out``: the folder of the results; the page lies beside it."""
+    games: dict[tuple[str, str, float], Rows] = {}
+    for row in rows:
+        spec = row["spec"]
+        if spec["seed"] != tune_seed and spec["rate"] == chosen[spec["strategy"]]:
+            games.setdefault((spec["scenario"], spec["partition"], spec["until_s"]), []).append(row)
+    rates = ", ".join(f"{r:g}" for r in sorted({row["spec"]["rate"] for row in rows}))
+    text = [INTRO.format(parameters=rows[0]["parameters"], rates=rates, tune_seed=tune_seed)]
+    for (scenario, partition, until_s), played in games.items():
+        groups = by_strategy(played)
+        picture = f"{scenario}-{partition}.png"
+        draw(groups, out / picture)
+        what = f" ({about[scenario]})" if about.get(scenario) else ""
+        text.append(f"## {scenario}{what}, {partition}, {until_s:g} virtual seconds\n")
+        text.append(f"{table(groups)}\n\n{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
+    text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
+    text.append("## Every run\n\n| hash of all logs | spec |\n| --- | --- |")
+    text += [f"| `{r['log_sha256'][:16]}` | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]
+    hours = sum(row["wall_s"] for row in rows) / 3600
+    text.append(f"\n{len(rows)} runs, {hours:.2f} hours of wall time on a shared machine.\n")
+    (out.parent / "league.md").write_text("\n".join(text), encoding="utf-8")
