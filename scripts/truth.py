@@ -1,11 +1,12 @@
 """Virtual time tells the truth: the same job live and simulated, side by side.
 
     python scripts/truth.py [--exchange dlion --exchange ako] [--topology hetero-system] [--trace LTE.down.xz]
-                            [--until 30s] [--after 0s] [--way up --way lab] [--seeds 5] [--lives 1] [--out DIR] [--json]
+                            [--until 30s] [--after 15s] [--way up --way lab] [--seeds 5] [--lives 1] [--out DIR] [--json]
 
 ``up``: a process per peer, links shaped in the process. ``lab``: hosts of their own, kernel TCP, the WAN outside the
 program (needs root, see wan_lab). ``--trace``: hetero-system over again, with this Mahimahi trace between a and c. Only
-what happened between ``--after`` and ``--until`` counts, so that the drain does not, nor, if you say so, the start.
+what happened before ``--until`` counts, so that the drain does not; each ``--after`` is a table of its own, without the
+start.
 
 What must agree, live run against the simulation of the same seed:
 - steps of each peer, and bytes of each directed link and of all together: within 5 % (or one step: the one that was
@@ -39,7 +40,7 @@ from rich.table import Table
 import dlion
 from dlion.config.find import find
 from dlion.config.units import seconds
-from dlion.observe.read import Run, read_directory
+from dlion.observe.read import read_directory
 from dlion.observe.runlog import Apply, End, Send, Step
 from dlion.observe.summary import mean_accuracy, stalled_share, time_to
 
@@ -70,6 +71,7 @@ class Facts:
     overrun: float
     between: float
     """Share of its time that the worst peer waited for its own exchange lane between steps."""
+    directory: str
     void: str
     """Why it says nothing about time; empty when it does."""
 
@@ -91,8 +93,9 @@ class Line:
     about: str = ""
 
 
-def facts(run: Run, way: str, span_s: tuple[float, float], targets: Sequence[float]) -> Facts:
-    """``run`` in figures: what lies in ``span_s``, and times to targets from its start."""
+def facts(directory: Path, way: str, span_s: tuple[float, float], targets: Sequence[float]) -> Facts:
+    """A run in figures: what lies in ``span_s``, and times to targets from its start."""
+    run = read_directory(directory)
     after_s, until_s = span_s
     steps: dict[str, int] = {}
     sent: dict[str, int] = {}
@@ -123,6 +126,7 @@ def facts(run: Run, way: str, span_s: tuple[float, float], targets: Sequence[flo
         time_to={f"{target:.2f}": time_to(curve, target) for target in targets},
         overrun=overrun,
         between=max(stalled_share(log)["room"] for log in run.peers.values()),
+        directory=str(directory),
         void=void,
     )
 
@@ -135,7 +139,6 @@ class Case:
     topology: str
     exchange: str
     until: str
-    after: str
     sets: tuple[str, ...]
     out: Path
     targets: tuple[float, ...]
@@ -157,10 +160,15 @@ class Case:
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": source, "OPENBLAS_NUM_THREADS": "1"},
         )
-        found = facts(read_directory(directory), way, (seconds(self.after), seconds(self.until)), self.targets)
+        found = facts(directory, way, (0.0, seconds(self.until)), self.targets)
         if not found.void and json.loads((directory / "summary.json").read_text())["void"]:
             return replace(found, void="the router was late")
         return found
+
+    def later(self, found: Facts, after: str) -> Facts:
+        """The same run, counted from ``after`` on."""
+        span_s = seconds(after), seconds(self.until)
+        return replace(facts(Path(found.directory), found.way, span_s, self.targets), void=found.void)
 
 
 def share(live: float, simulated: float) -> float:
@@ -231,7 +239,7 @@ def traced(trace: Path, out: Path) -> str:
     return str(path)
 
 
-COMMON = ("job", "until", "after", "sets", "targets", "realtime")
+COMMON = ("job", "until", "sets", "targets", "realtime")
 
 
 @click.command()
@@ -239,7 +247,7 @@ COMMON = ("job", "until", "after", "sets", "targets", "realtime")
 @click.option("--topology", "topologies", multiple=True, default=("hetero-system",), show_default=True)
 @click.option("--exchange", "exchanges", multiple=True, default=("dlion",), show_default=True)
 @click.option("--until", default="30s", show_default=True)
-@click.option("--after", default="0s", show_default=True, help="What came earlier does not count.")
+@click.option("--after", "afters", multiple=True, help="One more table, of what came later.", metavar="DURATION")
 @click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of Mahimahi.")
 @click.option("--way", "ways", multiple=True, default=("up",), type=click.Choice(["up", "lab"]), show_default=True)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A key of the job.")
@@ -263,23 +271,32 @@ def main(topologies: tuple[str, ...], exchanges: tuple[str, ...], ways: tuple[st
         simulated = [case.run("simulate", seed) for seed in range(max(options["seeds"], options["lives"]))]
         for way in ways:
             lives, void = live_runs(case, way, simulated[: options["lives"]], options["tries"])
-            runs = [list(lines_of(live, simulated[live.seed])) for live in lives]
-            lines = [max(same, key=lambda line: line.difference) for same in zip(*runs, strict=True)]
-            lines += times_of(lives, simulated) if lives else ()
-            if not lives:
-                lines = [Line("a run fit for timing", None, None, float("nan"), 0.0, False, "all were void")]
-            title = f"{exchange} on {topology}, {way}: {len(lives)} live runs, {len(void)} void of {options['until']}"
-            tell(console, title, lines)
+            title = (
+                f"{exchange} on {Path(topology).stem}, {way}: {len(lives)} live runs of {case.until}, {len(void)} void"
+            )
+            for after in ("0s", *options["afters"]):
+                models, alive = ([case.later(f, after) for f in some] for some in (simulated, lives))
+                lines = compared(alive, models)
+                tell(console, f"{title}; from {after} on", lines)
+                everything = [*map(asdict, (*models, *alive, *void))]
+                cases.append({"title": title, "after": after, "lines": [*map(asdict, lines)], "runs": everything})
             for one in void:
                 console.print(f"void: seed {one.seed}, {one.void}; overrun {one.overrun:.1%}")
-            everything = [*simulated, *lives, *void]
-            cases.append({"title": title, "lines": [*map(asdict, lines)], "runs": [*map(asdict, everything)]})
             (out / "truth.json").write_text(json.dumps(cases, indent=1) + "\n")
     if options["as_json"]:
         click.echo(json.dumps(cases))
     console.print(f"figures of every run: {out / 'truth.json'}")
     if not all(line["near"] for case in cases for line in case["lines"]):
         sys.exit(1)
+
+
+def compared(lives: Sequence[Facts], simulated: Sequence[Facts]) -> list[Line]:
+    """Each live run against the simulation of its seed, the worst of them per line; then the times."""
+    if not lives:
+        return [Line("a run fit for timing", None, None, float("nan"), 0.0, False, "all were void")]
+    runs = [lines_of(live, simulated[live.seed]) for live in lives]
+    worst_of = [max(same, key=lambda line: (not line.near, line.difference)) for same in zip(*runs, strict=True)]
+    return [*worst_of, *times_of(lives, simulated)]
 
 
 def live_runs(case: Case, way: str, simulated: Sequence[Facts], tries: int) -> tuple[list[Facts], list[Facts]]:

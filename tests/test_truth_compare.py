@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dlion.cli.build import Plan
-from dlion.cli.simulate import play
+from dlion.cli.simulate import run_simulation
 from dlion.config import load_job, load_topology
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -19,11 +19,12 @@ UNTIL_S = 6.0
 
 
 @pytest.fixture(scope="module")
-def model() -> truth.Facts:
+def model(tmp_path_factory: pytest.TempPathFactory) -> truth.Facts:
     """A simulated run of six peers."""
     job = load_job("toy", {"job.until": f"{UNTIL_S}s", "evaluate.every": "1s", "exchange.name": "full"})
-    run = play(Plan(job, load_topology("demo"), run="truth")).run
-    return truth.facts(run, "simulate", (0.0, UNTIL_S), (0.3,))
+    out = tmp_path_factory.mktemp("truth")
+    run_simulation(Plan(job, load_topology("demo"), run="truth"), out)
+    return truth.facts(out, "simulate", (0.0, UNTIL_S), (0.3,))
 
 
 def test_a_run_agrees_with_itself(model: truth.Facts) -> None:
@@ -36,10 +37,9 @@ def test_a_run_agrees_with_itself(model: truth.Facts) -> None:
 
 
 def test_only_the_span_counts(model: truth.Facts) -> None:
-    job = load_job("toy", {"job.until": f"{UNTIL_S}s", "evaluate.every": "1s", "exchange.name": "full"})
-    run = play(Plan(job, load_topology("demo"), run="truth")).run
-    late = truth.facts(run, "simulate", (UNTIL_S / 2, UNTIL_S), (0.3,))
-    early = truth.facts(run, "simulate", (0.0, UNTIL_S / 2), (0.3,))
+    out = Path(model.directory)
+    late = truth.facts(out, "simulate", (UNTIL_S / 2, UNTIL_S), (0.3,))
+    early = truth.facts(out, "simulate", (0.0, UNTIL_S / 2), (0.3,))
     assert {p: late.steps[p] + early.steps[p] for p in model.steps} == dict(model.steps)
     assert late.all_bytes + early.all_bytes == model.all_bytes
 
