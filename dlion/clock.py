@@ -20,11 +20,11 @@ class Deadlock(RuntimeError):
 
 
 class VirtualLoop(base_events.BaseEventLoop):
-    """Runs asyncio code in virtual time. ``time()`` starts at 0.0 and only moves forward."""
+    """Runs asyncio code in virtual time. ``time()`` starts at ``start_s`` and only moves forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_s: float = 0.0) -> None:
         super().__init__()
-        self._now = 0.0
+        self._now = start_s
         self._order = 0
         self._timers: list[tuple[float, int, events.TimerHandle]] = []
         self._failure: BaseException | None = None
@@ -124,7 +124,7 @@ def _record(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     loop.fail(context.get("exception") or RuntimeError(context.get("message", "a callback failed")))
 
 
-def run(main: Any) -> Any:
-    """``asyncio.run`` on a fresh VirtualLoop."""
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+def run(main: Any, start_s: float = 0.0) -> Any:
+    """``asyncio.run`` on a fresh VirtualLoop whose clock shows ``start_s``."""
+    with asyncio.Runner(loop_factory=lambda: VirtualLoop(start_s)) as runner:
         return runner.run(main)

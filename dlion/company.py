@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context
 from dlion.farewell import DONE_FIELDS, Farewell
 from dlion.journal import Journal
@@ -26,7 +27,13 @@ from dlion.seams import NodeSettings
 from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
 
-NODE_KINDS: Kinds = {"~status": STATUS_FIELDS, "~done": DONE_FIELDS, "~bye": {}, "~refused": {"reason": str}}
+NODE_KINDS: Kinds = {
+    "~status": STATUS_FIELDS,
+    "~done": DONE_FIELDS,
+    "~bye": {},
+    "~refused": {"reason": str},
+    MARK: MARK_FIELDS,
+}
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
 CARRY_SHARE = 0.1

@@ -7,13 +7,14 @@ loop. Decoding, admission, hooks, selection, encoding and additions happen here;
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dlion.blocks import Block
+from dlion.cut import LAST_TURN, MARK, Cuts, Part, first_of, life_of
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
 from dlion.messages import Message, PeerId, Stream
 from dlion.observe.runlog import Apply, Event, Refuse
@@ -77,7 +78,21 @@ class Look:
     observer: Callable[[Flat, Flat], Iterable[Event]]
 
 
-Item = Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look
+@dataclass(frozen=True)
+class TakeCut:
+    """Start a cut of all peers, unless one is open; ``last``: everybody has drained, so our own state is a part."""
+
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on from ``part``: comes before the first step, when all neighbours are there."""
+
+    part: Part
+
+
+Item = Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look | TakeCut | Resume
 
 
 class Spoken(NamedTuple):
@@ -104,12 +119,14 @@ class Outcome:
     """Float32 entries read or written: what the simulation charges for."""
     ready: bool = True
     owes: bool = False
+    part: Part | None = None
+    """Of a cut that is whole here."""
 
 
 class Replica:
     """The weights and the strategy that changes them. ``run`` is called in the exchange lane only.
 
-    ``peers``: whose updates may be heard (None: anybody's).
+    ``peers``: whose updates may be heard (None: anybody's). ``trainer_state``: what a checkpoint holds of the learner.
     """
 
     def __init__(
@@ -121,6 +138,7 @@ class Replica:
         limits: Limits,
         *,
         peers: Collection[PeerId] | None = None,
+        trainer_state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.exchange = exchange
         self.ctx = ctx
@@ -135,6 +153,12 @@ class Replica:
         self._once = Once()
         self._staged: list[tuple[Add, int]] | None = None
         self._draining = False
+        self._trainer_state = trainer_state
+        self._stepping = False
+        """A step is under way: its snapshot is taken, its update did not come to this lane yet."""
+        self._samples = 0
+        self._timers: dict[str, float] = {}
+        self._cuts = Cuts()
         exchange.setup(ctx)
 
     def stage(self) -> None:
@@ -145,6 +169,7 @@ class Replica:
         """Copy the weights as they are between two additions; the one thing other lanes may do with them."""
         with self._mutex:
             np.copyto(buffer, self._weights)
+            self._stepping = True
 
     def run(self, items: list[Item], now: float) -> Outcome:
         """Handle ``items`` in order at time ``now`` (seconds since the run began)."""
@@ -156,6 +181,9 @@ class Replica:
             self._perform(self.exchange.drain(self.ctx), outcome)
             outcome.owes = self.exchange.owes(self.ctx)
         outcome.ready = self.exchange.ready(self.ctx.step, self.ctx)
+        if why := self._cuts.give_up(now, self.ctx.links):
+            outcome.events.append(Refuse(t=now, peer=self.ctx.me, reason=why))
+        outcome.part = self._cuts.done()
         return outcome
 
     def _handle(self, item: Item, outcome: Outcome) -> None:
@@ -165,6 +193,7 @@ class Replica:
                 self._hear(item, outcome)
             case Update():
                 self._check(item)
+                self._hand_over(item)
                 self._perform(exchange.after_step(item, ctx), outcome)
                 ctx.step = item.step + 1
                 outcome.own_steps += 1
@@ -172,6 +201,7 @@ class Replica:
                 if (link := ctx.links.get(item.peer)) is not None:
                     self._perform(exchange.on_writable(link, ctx), outcome)
             case Fired():
+                self._timers.pop(item.key, None)
                 self._perform(exchange.on_timer(item.key, ctx), outcome)
             case MembersChanged():
                 self._perform(exchange.on_members(ctx), outcome)
@@ -181,6 +211,12 @@ class Replica:
                 self._draining = True
             case Look():
                 outcome.events.extend(item.observer(exchange.view(ctx.weights), ctx.weights))
+            case TakeCut():
+                if item.last or self._cuts.part is None:
+                    life = life_of(self._cuts.newest)
+                    self._cut(first_of(life) + LAST_TURN if item.last else self._cuts.newest + 1, outcome)
+            case Resume():
+                self._resume(item.part, outcome)
 
     def _hear(self, item: Heard, outcome: Outcome) -> None:
         try:
@@ -196,9 +232,13 @@ class Replica:
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
+        if message.kind == MARK:
+            self._marked(message, item, outcome)
+            return
         if message.kind.startswith("~"):
             outcome.notices.append(message)
             return
+        self._cuts.hear(item.hop, item.stream, item.seq, item.body)
         if message.kind in self.exchange.additive and self._once.again(message):
             who, first, last = message.coverage[0]
             why = f"duplicate: {who}'s steps {first} to {last} came over another route"
@@ -227,6 +267,7 @@ class Replica:
                     else:
                         self._staged.append((action, self.ctx.step))
                 case Timer():
+                    self._timers[action.key] = action.at
                     outcome.timers.append(action)
 
     def _send(self, action: Send, outcome: Outcome) -> None:
@@ -287,3 +328,70 @@ class Replica:
                 f"step {update.step}: the loss is {update.loss:g} and the update is not finite; "
                 "lower train.learning_rate or check the data"
             )
+
+    # -- cuts ---------------------------------------------------------------------------------------------------
+
+    def _marked(self, message: Message, item: Heard, outcome: Outcome) -> None:
+        """``item.hop`` has saved its part: so do we, if we have not, before anything else that it says."""
+        number = int(message.fields["cut"])
+        if life_of(number) != life_of(self._cuts.newest):
+            outcome.refused.append((item.hop, f"{MARK}: cut {number} is of another life of this run"))
+            return
+        if item.hop in self.ctx.links and number > self._cuts.newest:
+            self._cut(number, outcome)
+        self._cuts.mark(number, item.hop, item.stream)
+
+    def _cut(self, number: int, outcome: Outcome) -> None:
+        """Save our part as it is between two items, and say so on every stream of every link.
+
+        The trainer is at rest while the mutex is ours and no step is under way; else its state waits for that step.
+        """
+        ctx, last = self.ctx, number & LAST_TURN == LAST_TURN
+        with self._mutex:
+            weights = self._weights.copy()
+            trainer = None if self._stepping and not last else self._trainer_state()
+        state = {
+            "strategy": self.exchange.state(),
+            "rng": ctx.rng.bit_generator.state,
+            "applied": dict(self.applied),
+            "once": self._once.state(),
+            "timers": dict(self._timers),
+            "staged": list(self._staged or ()),
+            "step": ctx.step,
+        }
+        links = () if last else tuple(ctx.links)
+        self._cuts.begin(Part(number, ctx.now, weights, state, ctx.step, self._samples, trainer), links)
+        outcome.scanned += 2 * weights.size + self.exchange.state_bytes // 2
+        for stream in Stream if links else ():
+            mark = Message(MARK, fields={"cut": number}, stream=stream, origin=ctx.me)
+            outcome.sends.append(Spoken(links, encode(mark), mark, ()))
+
+    def _hand_over(self, update: Update) -> None:
+        """The step that was under way during a cut is done, and the trainer rests until we have taken its update."""
+        self._stepping = False
+        self._samples += update.samples
+        part = self._cuts.part
+        if part is not None and part.trainer is None:
+            part.trainer = self._trainer_state()
+            part.under_way = replace(update, values=update.values.copy())
+            part.step, part.samples = update.step + 1, self._samples
+
+    def _resume(self, part: Part, outcome: Outcome) -> None:
+        """Be what we were at the cut; then take in what was under way."""
+        ctx, state = self.ctx, part.state
+        with self._mutex:
+            np.copyto(self._weights, part.weights)
+        ctx.rng.bit_generator.state = state["rng"]
+        ctx.step = state["step"]
+        self.exchange.restore(state["strategy"], ctx)
+        self.applied.update(state["applied"])
+        self._once.restore(state["once"])
+        if self._staged is not None:
+            self._staged = list(state["staged"])
+        self._cuts = Cuts(life_of(part.number) + 1)
+        self._perform([Timer(at, key) for key, at in state["timers"].items()], outcome)
+        for said in part.heard:
+            self._hear(Heard(*said), outcome)
+        if part.under_way is not None:
+            self._handle(part.under_way, outcome)
+        self._samples = part.samples

@@ -34,6 +34,12 @@ class Identity:
     model: str
     """Layout digest."""
     role: str = "trainer"
+    cut: str = ""
+    """The checkpoint that this peer goes on from; peers that go on from another one are refused."""
+
+    @property
+    def capabilities(self) -> list[str]:
+        return [CUT + self.cut] if self.cut else []
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class DialSettings:
     heartbeat_s: float = 1.0
 
 
+CUT = "cut:"
 CONNECTED = "already connected"
 """The refusal of the second of two simultaneous dials: no fault of anybody."""
 NAME_SHOWN = 64
@@ -172,6 +179,7 @@ class Neighbours:
                 model=me.model,
                 cursors={} if neighbour is None else neighbour.connection.session.cursors(),
                 of=0 if neighbour is None else neighbour.incarnation,
+                capabilities=me.capabilities,
                 refusal=refusal,
             )
         )
@@ -186,6 +194,14 @@ class Neighbours:
             theirs, ours = getattr(hello, what), getattr(me, what)
             if theirs != ours:
                 return f"{what} mismatch: {peer[:NAME_SHOWN]} has {theirs[:NAME_SHOWN]!r}, {me.peer} has {ours!r}"
+        theirs = next((c.removeprefix(CUT)[:NAME_SHOWN] for c in hello.capabilities if c.startswith(CUT)), "")
+        if theirs != me.cut:
+            start = "starts afresh"
+            return (
+                f"checkpoint mismatch: {peer[:NAME_SHOWN]} {f'goes on from cut {theirs!r}' if theirs else start}, "
+                f"{me.peer} {f'goes on from cut {me.cut!r}' if me.cut else start}: start all of them with the same "
+                "--cut, or with --fresh"
+            )
         if peer not in self.known or peer == me.peer:
             return f"unknown peer {peer[:NAME_SHOWN]!r}: {me.peer}'s topology does not name it as another"
         if self._quarantined.get(peer, 0.0) > asyncio.get_running_loop().time():

@@ -18,7 +18,8 @@ from dlion.compute import Lane
 from dlion.exchange.base import Context, Exchange, Member, Update
 from dlion.exchange.pace import Pace, Progress
 from dlion.journal import Journal, Waits
-from dlion.lane import Barrier, DrainNow, Fired, Item, Look, MembersChanged, Outcome, Replica
+from dlion.keeper import Keeper
+from dlion.lane import Barrier, DrainNow, Fired, Item, Look, MembersChanged, Outcome, Replica, Resume, TakeCut
 from dlion.learn.trainer import StepResult
 from dlion.learn.workload import Ended
 from dlion.mesh.topology import Topology
@@ -32,6 +33,7 @@ from dlion.wire.admit import Admit
 from dlion.wire.limits import Limits
 
 __all__ = ("Learner", "Node", "NodeSettings", "Seams")
+OWN = (Update, Barrier, Resume)  # what the next step waits for until the lane has taken it
 
 
 class Node:
@@ -57,7 +59,6 @@ class Node:
         self.settings = s = settings or NodeSettings()
         self.learner, self.seams = learner, seams
         self.pace, self.exchange = pace, exchange
-        self.step = 0
         self.state: NodeState = "starting"
         workload = learner.trainer.workload
         limits = Limits.of(workload.layout.size)
@@ -70,7 +71,9 @@ class Node:
         rng = np.random.default_rng(chance[1])
         self.company = Company(identity, topology, s, seams.dialer, session_limits, rng, self.journal)
         self.membership, self.neighbours = self.company.membership, self.company.neighbours
-        weights = workload.initial(seams.seed).flat.copy()
+        self.keeper = Keeper(seams, s.checkpoint_every_s, self.membership, learner)
+        self.step, self.meter.samples = self.keeper.begun
+        weights = self.keeper.weights(workload.initial(seams.seed).flat)
         readonly = weights.view()
         readonly.flags.writeable = False
         self.ctx = Context(
@@ -83,7 +86,8 @@ class Node:
             members={me: Member(me, topology.cloud_of(me))},
         )
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS)
-        self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=frozenset(topology.peers))
+        known, saved = frozenset(topology.peers), learner.trainer.state
+        self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, trainer_state=saved)
         if pace.staged:
             self.replica.stage()
         self._snapshot = np.empty_like(weights)
@@ -180,16 +184,18 @@ class Node:
             self._finished.set()
 
     def _begin(self) -> None:
-        """Training time starts now."""
-        self._zero = self._loop.time()
+        """Training time starts now, or goes on from the checkpoint's."""
+        self._zero = self._loop.time() - self.keeper.zero_s
         self.state = "training"
         self.learner.batcher.members(self.membership.rates)
         self._put(MembersChanged())
+        if self.keeper.resume is not None:
+            self._put(Resume(self.keeper.resume))
         self.company.begin()
         self._look()
         if self.settings.until_s is not None:
             end = partial(self.stop, "until", leaving=False)
-            self._timers["~until"] = self._loop.call_later(self.settings.until_s, end)
+            self._timers["~until"] = self._loop.call_at(self._zero + self.settings.until_s, end)
 
     async def _change(self) -> None:
         """Until anything happened that a waiting loop should look at."""
@@ -221,8 +227,7 @@ class Node:
     def _compute(self, batch: int) -> StepResult:
         """In the train lane: snapshot, gradient, optimizer."""
         self.replica.snapshot_into(self._snapshot)
-        others = self.membership.samples - self.membership.roster.me.samples
-        return self.learner.trainer.step(self._snapshot, batch, float(others + self.meter.samples))
+        return self.learner.trainer.step(self._snapshot, batch, float(self.keeper.others() + self.meter.samples))
 
     def _step_cost_s(self, batch: int, started: float, _: StepResult) -> float:
         speed = self.topology.peers[self.me].speed
@@ -238,7 +243,6 @@ class Node:
     def _stepped(self, result: StepResult, seconds: float, waits: Waits) -> None:
         self.journal.step(self.step, result, seconds, waits)
         self.ctx.step_s = self.meter.step_s
-        self._own_pending += 1
         self._put(Update(self.step, result.values, result.loss, result.samples, result.learning_rate, seconds))
 
     async def _gate(self) -> Waits:
@@ -264,7 +268,6 @@ class Node:
 
     async def _barrier(self) -> None:
         """Have the lane apply the staged additions of the finished step, in order."""
-        self._own_pending += 1
         self._put(Barrier(self.step - 1))
         while self._own_pending:
             await self._change()
@@ -276,6 +279,7 @@ class Node:
         if inbox and type(item) is MembersChanged and type(inbox[-1]) is MembersChanged:
             return
         inbox.append(item)
+        self._own_pending += isinstance(item, OWN)
         self._work.set()
 
     async def _exchange(self) -> None:
@@ -292,7 +296,7 @@ class Node:
                 partial(self._batch_cost_s, len(items)),
             )
             self._busy = False
-            self._own_pending -= sum(isinstance(i, Update | Barrier) for i in items)
+            self._own_pending -= sum(isinstance(i, OWN) for i in items)
             self._perform(outcome)
             self._changed.set()
 
@@ -316,6 +320,13 @@ class Node:
             company.refuse(peer, reason)
         for message in outcome.notices:
             company.notice(message)
+        self.keeper.hand_over(outcome.part)
+
+    def checkpoint(self) -> bool:
+        """Start a checkpoint of all peers now; False when it cannot be (not training, or somebody is not there)."""
+        if able := self.state == "training" and self.keeper.able:
+            self._put(TakeCut())
+        return able
 
     def _look(self) -> None:
         """Show the weights to the observer."""
@@ -327,7 +338,7 @@ class Node:
     async def _tick(self) -> None:
         """Speak of ourselves, age the others, look at batch and weights, write the log."""
         s, due = self.settings, self._loop.time()
-        look_at = s.evaluate_every_s
+        look_at = self.keeper.zero_s + s.evaluate_every_s
         while True:
             due = max(due + s.status_every_s, self._loop.time())
             await asyncio.sleep(due - self._loop.time())
@@ -337,6 +348,8 @@ class Node:
             self.company.age(lag_s)
             if self.state == "training":
                 self.learner.batcher.members(self.membership.rates)
+                if self.keeper.due(self.now):
+                    self._put(TakeCut())
                 if self.now >= look_at:
                     look_at += s.evaluate_every_s
                     self._look()
@@ -370,8 +383,9 @@ class Node:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             self._stopping += " (drain cut short)"
-        self._own_pending += 1
         self._put(Barrier(None))
+        if not self._leaving and "cut short" not in self._stopping:
+            self._put(TakeCut(last=True))
         self._look()
         await self._settle()
         self.company.close()

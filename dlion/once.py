@@ -9,6 +9,9 @@ without entries merely tell how far their origins are.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dlion.messages import Message, PeerId
 
 RUNS_MAX = 64
@@ -35,3 +38,13 @@ class Once:
             runs.append((first, last, message.hop))
             del runs[:-RUNS_MAX]
         return False
+
+    def state(self) -> dict[str, list[list[Any]]]:
+        """For a checkpoint."""
+        return {origin: [list(run) for run in runs] for origin, runs in self._runs.items()}
+
+    def restore(self, state: Mapping[str, list[list[Any]]]) -> None:
+        """Inverse of ``state``."""
+        self._runs = {
+            PeerId(origin): [(int(a), int(b), PeerId(hop)) for a, b, hop in runs] for origin, runs in state.items()
+        }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dlion.compute import Compute
+from dlion.cut import Part
 from dlion.learn.batching import Batcher
 from dlion.learn.trainer import Trainer
 from dlion.neighbours import DialSettings
@@ -25,6 +26,8 @@ class NodeSettings:
     """Training time after which everybody finishes; None: until stopped."""
     status_every_s: float = 1.0
     evaluate_every_s: float = 5.0
+    checkpoint_every_s: float = 0.0
+    """From one cut to the next; 0: none are started by the clock."""
     suspect_after_s: float = 5.0
     """A peer of which no news came for so long is silent: not counted, until it is heard again. A link on which
     nothing came for so long is given up."""
@@ -54,6 +57,10 @@ class Seams:
     log: RunLog
     observer: Callable[[float, int, Flat, Flat], Iterable[Event]] | None = None
     """Called in the exchange lane with (t, step, view, replica) every ``evaluate_every_s``; keeps neither."""
+    keep: Callable[[Part], None] | None = None
+    """Given our part of every cut that is whole here; must not wait. None: no checkpoints are started."""
+    resume: Part | None = None
+    """Go on from here; all peers of the run from the same cut."""
 
 
 @dataclass(frozen=True)

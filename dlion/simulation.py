@@ -148,12 +148,15 @@ def simulate(
     make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
     deaths: tuple[Death, ...] = (),
     on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None = None,
+    *,
+    start_s: float = 0.0,
 ) -> Result:
-    """Run all peers of ``topology`` until each has finished; ``make`` builds a peer's node.
+    """Run all peers of ``topology`` until each has finished; ``make`` builds a peer's node. The clock shows ``start_s``
+    at first: a resumed run goes on in its network's traces where it was.
 
     Raises what any node raised, Deadlock when nothing can happen any more, Stuck when nobody steps.
     """
-    result: Result = clock.run(_run(topology, make, deaths, on_progress))
+    result: Result = clock.run(_run(topology, make, deaths, on_progress), start_s)
     return result
 
 

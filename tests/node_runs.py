@@ -95,9 +95,15 @@ def outages(*spans: tuple[float, float]) -> Rate:
 
 
 def learner(
-    peer: str, *, seed: int = 0, batcher: Batcher | None = None, workload: Workload | None = None, rate: float = RATE
+    peer: str,
+    *,
+    seed: int = 0,
+    batcher: Batcher | None = None,
+    workload: Workload | None = None,
+    rate: float = RATE,
+    momentum: float = 0.0,
 ) -> Learner:
-    trainer = Trainer(workload or Softmax(peer), Sgd(), Constant(rate), peer_seed(seed, peer))
+    trainer = Trainer(workload or Softmax(peer), Sgd(momentum=momentum), Constant(rate), peer_seed(seed, peer))
     return Learner(trainer, batcher or Fixed(BATCH))
 
 
@@ -114,11 +120,13 @@ def node(
     settings: NodeSettings | None = None,
     identity: Mapping[str, Any] | None = None,
     workload: Workload | None = None,
+    more: Mapping[str, Any] | None = None,
+    momentum: float = 0.0,
 ) -> Node:
     """A node of ``topology``; ``identity`` replaces parts of who it says it is."""
-    taught = learner(peer, seed=seed, workload=workload)
+    taught = learner(peer, seed=seed, workload=workload, momentum=momentum)
     who = {"run": "test", "peer": PeerId(peer), "incarnation": 1, "job": "job", "model": "model", **(identity or {})}
-    seams = Seams(dialer, compute, seed, log or RunLog(Memory()))
+    seams = Seams(dialer, compute, seed, log or RunLog(Memory()), **(more or {}))
     return Node(
         Identity(**who), topology, taught, exchange, pace or PACES[exchange.pace](), seams, settings or NodeSettings()
     )
@@ -154,8 +162,12 @@ def run(
     settings: Mapping[str, Any] | None = None,
     workload: Callable[[str], Workload] = Softmax,
     each: Callable[[Node], None] | None = None,
+    seams: Callable[[str], Mapping[str, Any]] | None = None,
+    start_s: float = 0.0,
+    momentum: float = 0.0,
 ) -> Ran:
-    """All peers of ``topology`` for ``until_s`` virtual seconds; ``each`` may change a node before it starts."""
+    """All peers of ``topology`` for ``until_s`` virtual seconds; ``each`` may change a node before it starts,
+    ``seams`` adds to its seams."""
     memories = {peer: Memory() for peer in sorted(topology.peers)}
     digests = {peer: Digest(memory) for peer, memory in memories.items()}
     nodes: dict[str, Node] = {}
@@ -173,12 +185,14 @@ def run(
             log=RunLog(digests[peer]),
             settings=NodeSettings(**{"until_s": until_s, **(settings or {})}),
             workload=workload(peer),
+            more=seams and seams(peer),
+            momentum=momentum,
         )
         if each is not None:
             each(made)
         return made
 
-    result = simulate(topology, make, tuple(deaths))
+    result = simulate(topology, make, tuple(deaths), start_s=start_s)
     logs = {str(peer): memory.data for peer, memory in memories.items()}
     start = workload(min(topology.peers)).initial(seed).flat
     return Ran(result, logs, start, run_digest({p: d.hexdigest for p, d in digests.items()}), nodes)

@@ -6,8 +6,9 @@ Law: plain arithmetic on flat buffers. Sent + owed = added, always: what is subt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -140,6 +141,27 @@ class Owed:
         self.only = self._sum = self._whole = None
         self.unsaid = 0
         self._spans.clear()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: copies."""
+        held = None if not self else self.only.flat.copy() if self.only is not None else self.flat.copy()
+        return {
+            "sum": held,
+            "spans": dict(self._spans),
+            "cursor": self.cursor,
+            "unsaid": self.unsaid,
+            "cloud": self.cloud,
+        }
+
+    @classmethod
+    def of(cls, size: int, me: PeerId, state: Mapping[str, Any]) -> Owed:
+        """Inverse of ``state``, on the peer ``me``."""
+        made = cls(size)
+        if state["sum"] is not None:
+            made.only = Piece(np.array(state["sum"], dtype=np.float32), me, size)
+        made._spans, made.cursor = dict(state["spans"]), tuple(state["cursor"])
+        made.unsaid, made.cloud = state["unsaid"], state["cloud"]
+        return made
 
     def _exact(self, block: Block) -> bool:
         return block.indices is None and block.size == self.size and block.encoding is Encoding.F32

@@ -155,16 +155,12 @@ class Spread(Exchange):
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        return {f"owed/{int(passing)}/{peer}": owed.flat.copy() for (peer, passing), owed in self.owed.items() if owed}
+        owed = {account: owed.state() for account, owed in self.owed.items()}
+        return {"owed": owed, "last": dict(self._last), "beside": set(self._beside)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
-        for name, flat in state.items():
-            if name.startswith("owed/"):
-                _, passing, peer = name.split("/", 2)
-                owed = Owed(ctx.layout.size)
-                owed.add(Piece(np.array(flat, dtype=np.float32), ctx.me, ctx.layout.size))
-                owed.cloud = "" if int(passing) else ctx.cloud
-                self.owed[PeerId(peer), bool(int(passing))] = owed
+        self.owed = {account: Owed.of(ctx.layout.size, ctx.me, held) for account, held in state["owed"].items()}
+        self._last, self._beside = dict(state["last"]), set(state["beside"])
 
     @property
     def state_bytes(self) -> int:

@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dlion.learn.partition import apportion
 
@@ -86,6 +86,11 @@ class Profile:
         if self._fit is None:
             self._fit = self._least_squares()
         return self._fit
+
+    @property
+    def steps(self) -> list[tuple[int, float]]:
+        """(samples, seconds) of the latest steps."""
+        return list(self._steps)
 
     def seconds(self, batch: int) -> float:
         a, c = self.fit()
@@ -231,6 +236,16 @@ class Weighted:
     def members(self, rates: Mapping[str, float]) -> None:
         self._rates = {peer: rates.get(peer, 0.0) for peer in sorted({*rates, self._me})}
         self._known = (*self._rates, *(peer for peer, rate in self._rates.items() if rate > 0))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: when the run began, and how long our steps took."""
+        return {"started_at": self._started_at, "steps": self._profile.steps}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self._started_at = state["started_at"]
+        for batch, seconds in state["steps"]:
+            self.observe(int(batch), float(seconds))
 
     @property
     def samples_per_s(self) -> float:

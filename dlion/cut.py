@@ -1,0 +1,238 @@
+"""Consistent cuts: what every peer of a run holds at moments that fit together, taken while all of them go on.
+
+Source: Chandy & Lamport, "Distributed Snapshots: Determining Global States of Distributed Systems", TOCS 1985. A peer
+that starts a cut, or hears of it first through a mark, saves its own state and at once says a mark on every stream of
+every link. What it hears afterwards on a stream, up to the mark there, was under way during the cut and belongs to it.
+Streams are in order, so all parts together are a state in which the whole run could have been. A restored run begins
+new sessions, and every peer first hears again what its part holds; no cursor and no unacknowledged byte is saved.
+
+Law: pure; no clock, no file, no node. A cut is numbered by the life of the run and by its turn in it; two peers that
+start the same number at once start one cut. A newer cut ends an older one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dlion.blocks import Block, Encoding
+from dlion.exchange.base import Add, Update
+from dlion.messages import Message, PeerId, Span, Stream
+from dlion.tensors import Flat
+
+MARK = "~mark"
+MARK_FIELDS: Mapping[str, type] = {"cut": int}
+OPEN_S_MAX = 60.0
+"""A cut whose marks have not all come by then is given up; the next one will do."""
+_TURN_BITS = 20
+LAST_TURN = (1 << _TURN_BITS) - 1
+"""Turn of the checkpoint that is taken when a run has drained: nothing is under way then."""
+
+Array = npt.NDArray[np.generic]
+
+
+def life_of(number: int) -> int:
+    """How often the run had been resumed when this cut was taken."""
+    return number >> _TURN_BITS
+
+
+def first_of(life: int) -> int:
+    """The number before the first cut of a life."""
+    return life << _TURN_BITS
+
+
+def name_of(number: int) -> str:
+    """A cut as people call it: ``life.turn``, or ``life.end`` for a drained one."""
+    turn = number & LAST_TURN
+    return f"{life_of(number)}.{'end' if turn == LAST_TURN else turn}"
+
+
+class Said(NamedTuple):
+    """A message that was under way during a cut."""
+
+    hop: PeerId
+    stream: int
+    seq: int
+    body: bytes
+
+
+@dataclass
+class Part:
+    """One peer's part of a cut: with the parts of all others, enough to go on from there."""
+
+    number: int
+    t: float
+    """Seconds of the node's clock; a resumed run counts on from here."""
+    weights: Flat = field(repr=False)
+    state: dict[str, Any] = field(repr=False)
+    """Lane and strategy: arrays, Blocks, Messages and plain values in nested containers."""
+    step: int = 0
+    """Own steps done, ``under_way`` included."""
+    samples: int = 0
+    trainer: Mapping[str, Any] | None = field(default=None, repr=False)
+    """None until the step that was being computed when the cut came is handed over."""
+    under_way: Update | None = None
+    """The outcome of that step: not yet in the weights."""
+    heard: list[Said] = field(default_factory=list, repr=False)
+    node: dict[str, Any] = field(default_factory=dict)
+    """What the loop adds: the batcher's state and the others' samples. Of no consequence for what adds up to what."""
+
+
+class Cuts:
+    """The cut that is open at one peer, if any. ``newest``: the highest number seen in this life."""
+
+    def __init__(self, life: int = 0) -> None:
+        self.newest = first_of(life)
+        self.part: Part | None = None
+        self._awaited: set[tuple[PeerId, int]] = set()
+
+    def known(self, number: int) -> bool:
+        """Was this cut taken here, or is it older than one that was?"""
+        return number <= self.newest
+
+    def begin(self, part: Part, links: Iterable[PeerId]) -> None:
+        """Our own state is saved; from now on what comes from ``links`` is recorded, until their marks."""
+        self.newest = part.number
+        self.part = part
+        self._awaited = {(peer, int(stream)) for peer in links for stream in Stream}
+
+    def mark(self, number: int, hop: PeerId, stream: int) -> None:
+        """``hop`` has said all on ``stream`` that it said before its own part."""
+        if self.part is not None and self.part.number == number:
+            self._awaited.discard((hop, stream))
+
+    def hear(self, hop: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
+        """A message of the strategy's; recorded if it was said before the cut."""
+        if self.part is not None and (hop, stream) in self._awaited:
+            self.part.heard.append(Said(hop, stream, seq, bytes(body)))
+
+    def done(self) -> Part | None:
+        """Our part, once it is whole."""
+        part = self.part
+        if part is None or self._awaited or part.trainer is None:
+            return None
+        self.part = None
+        return part
+
+    def give_up(self, now: float, links: Iterable[PeerId]) -> str:
+        """Why the open cut cannot end any more (it is dropped then), or nothing."""
+        if self.part is None:
+            return ""
+        missing = sorted({peer for peer, _ in self._awaited})
+        lost = sorted(set(missing) - set(links))
+        if not lost and now - self.part.t <= OPEN_S_MAX:
+            return ""
+        number, self.part = self.part.number, None
+        why = f"{', '.join(lost)} fell silent" if lost else f"no mark of {', '.join(missing)} in {OPEN_S_MAX:g} s"
+        return f"checkpoint {name_of(number)} given up: {why}"
+
+
+# -- trees of values as text and arrays -----------------------------------------------------------------------------
+
+
+def pack(tree: Any) -> tuple[bytes, dict[str, Array]]:
+    """``tree`` as JSON text and the arrays that the text refers to. Knows containers, Blocks and Messages; TypeError
+    for anything else."""
+    arrays: dict[str, Array] = {}
+    return json.dumps(_packed(tree, "", arrays)).encode(), arrays
+
+
+def unpack(text: bytes, arrays: Mapping[str, Array]) -> Any:
+    """Inverse of ``pack``."""
+    return _unpacked(json.loads(text), arrays)
+
+
+def _packed(value: Any, path: str, arrays: dict[str, Array]) -> Any:
+    def inside(values: Iterable[Any]) -> list[Any]:
+        return [_packed(each, f"{path}/{i}", arrays) for i, each in enumerate(values)]
+
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case np.generic():
+            return value.item()
+        case np.ndarray():
+            name = f"{path.lstrip('/')}#{len(arrays)}"
+            arrays[name] = value
+            return {"~array": name}
+        case bytes():
+            return {"~bytes": base64.b64encode(value).decode()}
+        case Block():
+            return {"~block": inside(_block_fields(value))}
+        case Message():
+            return {"~message": inside(_message_fields(value))}
+        case Add():
+            told = None if value.message is None else replace(value.message, blocks=())  # only who said it matters now
+            return {"~add": inside((value.values, value.scale, _spans(value.coverage), told))}
+        case list():
+            return inside(value)
+        case tuple():
+            return {"~tuple": inside(value)}
+        case deque():
+            return {"~deque": inside(value)}
+        case set() | frozenset():
+            return {"~set": inside(sorted(value))}
+        case dict() if all(type(key) is str and key[:1] != "~" for key in value):
+            return {key: _packed(each, f"{path}/{key}", arrays) for key, each in value.items()}
+        case dict():
+            return {"~dict": [inside(pair) for pair in value.items()]}
+    raise TypeError(f"state {path or '/'}: a {type(value).__name__} cannot be saved")
+
+
+def _block_fields(block: Block) -> tuple[Any, ...]:
+    return (block.start, block.size, int(block.encoding), block.codes, block.scales, block.indices, block.scanned)
+
+
+def _message_fields(m: Message) -> tuple[Any, ...]:
+    coverage = _spans(m.coverage)
+    return (m.kind, m.step, m.epoch, dict(m.fields), list(m.blocks), coverage, int(m.stream), m.origin, m.hop, m.seq)
+
+
+def _spans(coverage: Iterable[Span]) -> list[list[Any]]:
+    return [list(span) for span in coverage]
+
+
+def _covers(spans: Iterable[list[Any]]) -> tuple[Span, ...]:
+    return tuple(Span(PeerId(origin), first, last) for origin, first, last in spans)
+
+
+def _unpacked(value: Any, arrays: Mapping[str, Array]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(each, arrays) for each in value]
+    if not isinstance(value, dict):
+        return value
+    tag, held = next(iter(value.items()), ("", ""))
+    if not tag.startswith("~"):
+        return {key: _unpacked(each, arrays) for key, each in value.items()}
+    match tag:
+        case "~array":
+            return arrays[held]
+        case "~bytes":
+            return base64.b64decode(held)
+    inner = _unpacked(held, arrays)
+    match tag:
+        case "~tuple":
+            return tuple(inner)
+        case "~deque":
+            return deque(inner)
+        case "~set":
+            return set(inner)
+        case "~dict":
+            return dict(inner)
+        case "~block":
+            start, size, encoding, *rest = inner
+            return Block(start, size, Encoding(encoding), *rest)
+        case "~message":
+            kind, step, epoch, fields, blocks, coverage, stream, *who = inner
+            return Message(kind, step, epoch, fields, tuple(blocks), _covers(coverage), Stream(stream), *who)
+        case "~add":
+            values, scale, coverage, message = inner
+            return Add(values, scale, _covers(coverage), message)
+    raise ValueError(f"unknown tag {tag!r} in a saved state")

@@ -1,0 +1,69 @@
+"""When a node starts a checkpoint of all peers, what it adds to its part of one, and what it goes on from.
+
+Law: on the loop, except ``others`` (train lane); knows no lane, no file and no clock. The cut itself is the exchange
+lane's; writing it down is for whoever gave ``seams.keep``.
+"""
+
+from __future__ import annotations
+
+from dlion.cut import Part
+from dlion.learn.workload import Stateful
+from dlion.membership import Membership
+from dlion.seams import Learner, Seams
+from dlion.tensors import Flat
+
+
+class Keeper:
+    """``every_s``: from one checkpoint to the next, of which the lowest living peer starts all; 0: never."""
+
+    def __init__(self, seams: Seams, every_s: float, membership: Membership, learner: Learner) -> None:
+        self.resume = seams.resume
+        self.keep = seams.keep
+        self.zero_s = 0.0 if self.resume is None else self.resume.t
+        """Time of the node's clock at which training begins."""
+        self._every_s = every_s
+        self._due_s = self.zero_s + every_s
+        self._roster = membership.roster
+        self._membership = membership
+        self._batcher = learner.batcher
+        self._others = 0
+        if self.resume is not None:
+            assert self.resume.trainer is not None
+            learner.trainer.restore(self.resume.trainer)
+            self._others = int(self.resume.node.get("others", 0))
+            if isinstance(learner.batcher, Stateful) and "batcher" in self.resume.node:
+                learner.batcher.restore(self.resume.node["batcher"])
+
+    @property
+    def begun(self) -> tuple[int, int]:
+        """Own steps and samples done before."""
+        return (0, 0) if self.resume is None else (self.resume.step, self.resume.samples)
+
+    def weights(self, initial: Flat) -> Flat:
+        """A copy of those to begin with."""
+        return (initial if self.resume is None else self.resume.weights).copy()
+
+    def others(self) -> int:
+        """Samples that the others have processed, as far as was ever heard."""
+        self._others = max(self._others, self._membership.samples - self._roster.me.samples)
+        return self._others
+
+    @property
+    def able(self) -> bool:
+        """Is there somebody to keep our part, and do all peers live? A cut that lacks one can never be gone on from."""
+        return self.keep is not None and len(self._roster.live) == len(self._membership.topology.peers)
+
+    def due(self, now: float) -> bool:
+        """Is it time, and ours to start?"""
+        if not self._every_s or now < self._due_s:
+            return False
+        self._due_s = now + self._every_s
+        return self.able and min(self._roster.live) == self._roster.me.peer
+
+    def hand_over(self, part: Part | None) -> None:
+        """Our part of a cut, if one is whole."""
+        if part is not None and self.keep is not None:
+            part.node = {"others": self.others()}
+            if isinstance(self._batcher, Stateful):
+                part.node["batcher"] = self._batcher.state()
+            self.keep(part)
