@@ -47,7 +47,8 @@ class RateEstimator:
         self.proven = False
         """True once a sample was limited by the link and not by what there was to send."""
         self.shown_bytes, self.shown_s = 0, 0.0
-        """Totals of what was delivered while the window was full, and how long that took: the link's own rate."""
+        """Totals of what was delivered while more stood waiting, and how long that took: the link's own rate."""
+        self._busy = False
         self._best: deque[tuple[float, float]] = deque()
         self._delivered_bytes = 0
         self.restart(now)
@@ -102,11 +103,14 @@ class RateEstimator:
         self._delivered_at = arrived_at
         if flight is None:
             return
-        if before is not None and arrived_at > before and not flight.limited:
-            self.shown_bytes += nbytes
-            self.shown_s += arrived_at - before
         rtt_s = max(now - held_s - flight.sent_at, INTERVAL_S_MIN)
         queued_s = self._queued(now, arrived_at - flight.sent_at)
+        since_s = 0.0 if before is None else arrived_at - before
+        if since_s > 0.0 or before is None:  # else it arrived with the one before
+            self._busy = 0.0 < since_s <= queued_s
+        if self._busy:  # this chunk waited all the while
+            self.shown_bytes += nbytes
+            self.shown_s += max(since_s, 0.0)
         self.rtt_s += (rtt_s - self.rtt_s) / (8 if self.rtt_s else 1)
         base_s = max(rtt_s - queued_s, INTERVAL_S_MIN)
         # Slow up, fast down: what rises and falls here is the opposite direction's queue, and too high floods ours.

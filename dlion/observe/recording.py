@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +20,8 @@ from dlion.observe.runlog import Step
 
 Floats = npt.NDArray[np.float64]
 
-SHOWN_S_MIN = 0.2
-"""A link shows its rate in an interval in which its window was full for so long."""
-SETTLED = 1.1
-"""The first such interval is the one after which rates no longer climb by more than this: before that, it was the
-session's window, still feeling its way up, that was full, and not the link."""
-STEADY = 0.95
-"""Mean / best rate from which the best one is taken: acknowledgements for the other direction take a little."""
+SHOWN_S_MIN = 0.05
+"""A link shows its rate in an interval in which more stood waiting for so long."""
 SAME_SHARE = 0.1
 """Neighbouring seconds closer than this to their mean are one rate, their mean: acknowledgements come in lumps."""
 SPEED_WINDOW_S = 5.0
@@ -89,27 +83,15 @@ def link(source: PeerId, target: PeerId, rows: Mapping[str, Column]) -> Recorded
         return None
     shown_s = np.maximum(np.diff(rows["shown_s"]), 0.0)
     shown = np.diff(rows["shown_bytes"]) * 8.0 / np.maximum(shown_s, 1e-6)
-    best = rows["rate_bps"][1:]
-    full = (shown_s >= SHOWN_S_MIN) & (shown > 0) & rows["up"][1:]
-    shown = np.where((shown < best) & (shown >= STEADY * best), best, shown)
-    busy = full & (np.arange(full.size) >= _settled(full, shown, best))
+    busy = (shown_s >= SHOWN_S_MIN) & (shown > 0) & rows["up"][1:]
     if busy.any():
         rate = _held(t[:-1], np.where(busy, shown, np.nan))
     else:
         goodput = np.maximum(np.diff(rows["acked_bytes"]), 0) * 8.0 / np.maximum(np.diff(t), 1e-6)
-        rate = Rate.constant(max(float(goodput.max()), float(best.max())))
+        rate = Rate.constant(max(float(goodput.max()), float(rows["rate_bps"].max())))
     return RecordedLink(
         source, target, rate, float(trips.min()) / 2, _switch(t, rows["up"]), float(shown_s[busy].sum())
     )
-
-
-def _settled(full: npt.NDArray[np.bool_], shown: Floats, best: Floats) -> int:
-    """The first interval after which neither what was shown nor the best rate known climbs."""
-    where = np.flatnonzero(full)
-    for here, following in pairwise(where.tolist()):
-        if shown[following] <= SETTLED * shown[here] and best[here + 1] <= SETTLED * best[here]:
-            return int(here)
-    return int(where[-1]) if where.size else full.size
 
 
 def _held(starts: Floats, values: Floats) -> Rate:

@@ -133,7 +133,7 @@ class Link(Event, frozen=True, gc=False, kw_only=True):
     """Share of the last interval in which the link had something to send."""
     shown_bytes: int = 0
     shown_s: float = 0.0
-    """What was delivered while the window was full, and the seconds that took: totals since the session began."""
+    """What was delivered while more stood waiting, and the seconds that took: totals since the session began."""
 
 
 class Refuse(Event, frozen=True, gc=False, kw_only=True):
