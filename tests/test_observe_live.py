@@ -54,7 +54,11 @@ def test_the_piped_line_is_the_agreed_one() -> None:
 
 
 def test_a_dead_peer_is_missed_and_nothing_at_all_can_be_shown() -> None:
-    assert "peers: 1/2" in progress_line([status()])
+    alone, gone = status(), status("b1")
+    gone["state"] = "stopped"
+    assert "peers: 1/2" in progress_line([alone, gone])
+    alone["members"] = {"live": 1, "total": 2}
+    assert "peers: 1/2" in progress_line([alone])
     assert progress_line([]).startswith("step: 0  loss: -  ")
 
 

@@ -58,13 +58,18 @@ def progress_line(statuses: Sequence[PeerStatus]) -> str:
         "loss": f"{sum(losses) / len(losses):.4f}" if losses else "-",
         "samples/s": f"{sum(s['samples_per_s'] for s in active):.0f}",
         "sent": size(sum(link["sent_bytes"] for s in statuses for link in s["links"].values())),
-        "peers": f"{max((s['members']['live'] for s in active), default=0)}/{total}",
+        "peers": f"{_living(statuses, active)}/{total}",
         "stale_max": str(max((s["staleness_max"] for s in statuses), default=0)),
         "stall": f"{100 * sum(s['stall_share'] for s in statuses) / max(len(statuses), 1):.1f}%",
     }
     if accuracies:
         facts["accuracy"] = f"{sum(accuracies) / len(accuracies):.4f}"
     return "  ".join(f"{name}: {value}" for name, value in facts.items())
+
+
+def _living(statuses: Sequence[PeerStatus], active: Sequence[PeerStatus]) -> int:
+    """Of many peers, those that run; one alone says whom it believes to live."""
+    return len(active) if len(statuses) != 1 else max((s["members"]["live"] for s in active), default=0)
 
 
 def table(statuses: Sequence[PeerStatus], width: int = 120) -> RenderableType:
