@@ -14,7 +14,7 @@ from dlion.cli.errors import Fault
 from dlion.cli.replay import command, load_recorded
 from dlion.cli.simulate import run_simulation
 from dlion.config import ConfigError, load_job, load_topology
-from dlion.mesh.changes import ChangeError
+from dlion.mesh.changes import ChangeError, changed
 from dlion.mesh.presence import departures
 from dlion.messages import PeerId
 from dlion.observe.sidebyside import pair, worst
@@ -69,6 +69,14 @@ def test_a_slower_bottleneck_makes_it_slower_and_a_faster_machine_not_faster(run
     halved = steps(replayed(run, "--set", "link.a-c.bandwidth=x0.1"))
     assert halved["a1"] < 0.8 * asked["a1"]
     assert steps(replayed(run, "--set", "peer.c1.speed=x0.5"))["c1"] < asked["c1"]
+
+
+def test_a_changed_replay_is_the_run_with_that_change(run: Path) -> None:
+    """What ``replay --set`` foretells is, to the last line, what the changed network gives."""
+    plan = load_recorded(run).plan
+    slower = replace(plan, topology=changed(plan.topology, {"link.a-c.bandwidth": 0.1}))
+    foretold = replayed(run, "--set", "link.a-c.bandwidth=x0.1")["replayed"]
+    assert foretold["log_sha256"] == run_simulation(slower)["log_sha256"]  # type: ignore[index]
 
 
 def test_another_strategy_and_seed(run: Path) -> None:

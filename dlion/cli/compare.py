@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,8 +114,8 @@ def read_results(path: Path) -> dict[str, Outcome]:
     return found
 
 
-Engine = Any
-"""Callable: mapping of plans -> iterator of (key, bytes or Failure)."""
+Engine = Callable[[Mapping[str, bytes]], Iterator[tuple[str, bytes | engines.Failure]]]
+"""Encoded plans by key -> what came of each, as they finish."""
 
 
 def _engine(name: str, workers: int | None, options: Mapping[str, Any]) -> Engine:

@@ -24,6 +24,7 @@ from dlion.cli.replay import Recorded, load_recorded
 from dlion.config import overruled
 from dlion.exchange.pace import Bounded
 from dlion.mesh.changes import ChangeError, changed
+from dlion.messages import PeerId
 from dlion.observe.explanation import LinkUse, PeerTime, hindmost, link_uses, peer_times
 from dlion.observe.live import percent, size
 from dlion.observe.summary import mean_accuracy, time_to
@@ -95,7 +96,7 @@ def suspects(found: Recorded, times: Mapping[str, PeerTime], uses: Mapping[tuple
     tried = [key for key in _fullest(plan, uses) if _network(plan, key) is not None][:LINKS_TRIED]
     last = hindmost(dict(times))
     if last is not None:
-        cloud = plan.topology.cloud_of(plan.topology.peers[_peer(plan, last)].name)
+        cloud = plan.topology.cloud_of(PeerId(last))
         members = [m for m in plan.topology.clouds[cloud] if m in times]
         alike = all(times[m]["samples_per_s"] * EQUALLY_SLOW <= times[last]["samples_per_s"] for m in members)
         tried.append(f"peer.{cloud if alike else last}.speed")
@@ -109,10 +110,6 @@ def suspects(found: Recorded, times: Mapping[str, PeerTime], uses: Mapping[tuple
     return made
 
 
-def _peer(plan: Plan, name: str) -> Any:
-    return next(peer for peer in plan.topology.peers if peer == name)
-
-
 def _fullest(plan: Plan, uses: Mapping[tuple[str, str], LinkUse]) -> list[str]:
     """Keys of changes, the fullest links first: pairs of micro-clouds; where their links have no path of their own,
     what their busiest link crosses."""
@@ -120,8 +117,8 @@ def _fullest(plan: Plan, uses: Mapping[tuple[str, str], LinkUse]) -> list[str]:
     for (source, target), use in uses.items():
         if not use["full"]:
             break
-        a, b = (plan.topology.cloud_of(_peer(plan, end)) for end in (source, target))
-        link = plan.topology.links[_peer(plan, source), _peer(plan, target)]
+        a, b = (plan.topology.cloud_of(PeerId(end)) for end in (source, target))
+        link = plan.topology.links[PeerId(source), PeerId(target)]
         pair = f"link.{min(a, b)}-{max(a, b)}.bandwidth" if a != b else f"link.{source}-{target}.bandwidth"
         narrow = min(link.resources, key=lambda name: plan.topology.resources[name].rate.at(0.0), default=None)
         own = narrow is None or plan.topology.resources[narrow].kind == "path"
