@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -52,6 +52,14 @@ def name_of(number: int) -> str:
     """A cut as people call it: ``life.turn``, or ``life.end`` for a drained one."""
     turn = number & LAST_TURN
     return f"{life_of(number)}.{'end' if turn == LAST_TURN else turn}"
+
+
+def number_of(name: str) -> int:
+    """Inverse of ``name_of``; raises ValueError for anything else."""
+    life, _, turn = name.partition(".")
+    if not (life.isdecimal() and (turn.isdecimal() or turn == "end")):
+        raise ValueError(f"checkpoint {name!r}: expected a name such as 0.3 or 1.end")
+    return first_of(int(life)) + (LAST_TURN if turn == "end" else int(turn))
 
 
 class Said(NamedTuple):
@@ -150,57 +158,21 @@ def unpack(text: bytes, arrays: Mapping[str, Array]) -> Any:
 
 
 def _packed(value: Any, path: str, arrays: dict[str, Array]) -> Any:
-    def inside(values: Iterable[Any]) -> list[Any]:
-        return [_packed(each, f"{path}/{i}", arrays) for i, each in enumerate(values)]
-
-    match value:
-        case None | bool() | int() | float() | str():
-            return value
-        case np.generic():
-            return value.item()
-        case np.ndarray():
-            name = f"{path.lstrip('/')}#{len(arrays)}"
-            arrays[name] = value
-            return {"~array": name}
-        case bytes():
-            return {"~bytes": base64.b64encode(value).decode()}
-        case Block():
-            return {"~block": inside(_block_fields(value))}
-        case Message():
-            return {"~message": inside(_message_fields(value))}
-        case Add():
-            told = None if value.message is None else replace(value.message, blocks=())  # only who said it matters now
-            return {"~add": inside((value.values, value.scale, _spans(value.coverage), told))}
-        case list():
-            return inside(value)
-        case tuple():
-            return {"~tuple": inside(value)}
-        case deque():
-            return {"~deque": inside(value)}
-        case set() | frozenset():
-            return {"~set": inside(sorted(value))}
-        case dict() if all(type(key) is str and key[:1] != "~" for key in value):
-            return {key: _packed(each, f"{path}/{key}", arrays) for key, each in value.items()}
-        case dict():
-            return {"~dict": [inside(pair) for pair in value.items()]}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray):
+        name = f"{path.lstrip('/')}#{len(arrays)}"
+        arrays[name] = value
+        return {"~array": name}
+    if isinstance(value, dict) and all(type(key) is str and key[:1] != "~" for key in value):
+        return {key: _packed(each, f"{path}/{key}", arrays) for key, each in value.items()}
+    for tag, (kind, parts, _) in _KINDS.items():
+        if isinstance(value, kind):
+            inner = [_packed(each, f"{path}/{i}", arrays) for i, each in enumerate(parts(value))]
+            return {tag: inner} if tag else inner
     raise TypeError(f"state {path or '/'}: a {type(value).__name__} cannot be saved")
-
-
-def _block_fields(block: Block) -> tuple[Any, ...]:
-    return (block.start, block.size, int(block.encoding), block.codes, block.scales, block.indices, block.scanned)
-
-
-def _message_fields(m: Message) -> tuple[Any, ...]:
-    coverage = _spans(m.coverage)
-    return (m.kind, m.step, m.epoch, dict(m.fields), list(m.blocks), coverage, int(m.stream), m.origin, m.hop, m.seq)
-
-
-def _spans(coverage: Iterable[Span]) -> list[list[Any]]:
-    return [list(span) for span in coverage]
-
-
-def _covers(spans: Iterable[list[Any]]) -> tuple[Span, ...]:
-    return tuple(Span(PeerId(origin), first, last) for origin, first, last in spans)
 
 
 def _unpacked(value: Any, arrays: Mapping[str, Array]) -> Any:
@@ -211,28 +183,62 @@ def _unpacked(value: Any, arrays: Mapping[str, Array]) -> Any:
     tag, held = next(iter(value.items()), ("", ""))
     if not tag.startswith("~"):
         return {key: _unpacked(each, arrays) for key, each in value.items()}
-    match tag:
-        case "~array":
-            return arrays[held]
-        case "~bytes":
-            return base64.b64decode(held)
-    inner = _unpacked(held, arrays)
-    match tag:
-        case "~tuple":
-            return tuple(inner)
-        case "~deque":
-            return deque(inner)
-        case "~set":
-            return set(inner)
-        case "~dict":
-            return dict(inner)
-        case "~block":
-            start, size, encoding, *rest = inner
-            return Block(start, size, Encoding(encoding), *rest)
-        case "~message":
-            kind, step, epoch, fields, blocks, coverage, stream, *who = inner
-            return Message(kind, step, epoch, fields, tuple(blocks), _covers(coverage), Stream(stream), *who)
-        case "~add":
-            values, scale, coverage, message = inner
-            return Add(values, scale, _covers(coverage), message)
-    raise ValueError(f"unknown tag {tag!r} in a saved state")
+    return arrays[held] if tag == "~array" else _KINDS[tag].made([_unpacked(each, arrays) for each in held])
+
+
+def _spans(coverage: Iterable[Span]) -> list[list[Any]]:
+    return [list(span) for span in coverage]
+
+
+def _covers(spans: Iterable[list[Any]]) -> tuple[Span, ...]:
+    return tuple(Span(PeerId(origin), first, last) for origin, first, last in spans)
+
+
+def _of_block(b: Block) -> tuple[Any, ...]:
+    return (b.start, b.size, int(b.encoding), b.codes, b.scales, b.indices, b.scanned)
+
+
+def _block(parts: list[Any]) -> Block:
+    start, size, encoding, *rest = parts
+    return Block(start, size, Encoding(encoding), *rest)
+
+
+def _of_message(m: Message) -> tuple[Any, ...]:
+    covers = _spans(m.coverage)
+    return (m.kind, m.step, m.epoch, dict(m.fields), list(m.blocks), covers, int(m.stream), m.origin, m.hop, m.seq)
+
+
+def _message(parts: list[Any]) -> Message:
+    kind, step, epoch, fields, blocks, covers, stream, *who = parts
+    return Message(kind, step, epoch, fields, tuple(blocks), _covers(covers), Stream(stream), *who)
+
+
+def _of_add(add: Add) -> tuple[Any, ...]:
+    """Of the message that caused it only who said it matters now."""
+    told = None if add.message is None else replace(add.message, blocks=())
+    return (add.values, add.scale, _spans(add.coverage), told)
+
+
+def _add(parts: list[Any]) -> Add:
+    values, scale, covers, message = parts
+    return Add(values, scale, _covers(covers), message)
+
+
+class _Kind(NamedTuple):
+    kind: type | tuple[type, ...]
+    parts: Callable[[Any], Iterable[Any]]
+    made: Callable[[list[Any]], Any]
+
+
+_KINDS: Mapping[str, _Kind] = {
+    "": _Kind(list, list, list),
+    "~tuple": _Kind(tuple, tuple, tuple),
+    "~deque": _Kind(deque, list, deque),
+    "~set": _Kind((set, frozenset), sorted, set),
+    "~dict": _Kind(dict, lambda held: held.items(), dict),
+    "~bytes": _Kind(bytes, lambda held: [base64.b64encode(held).decode()], lambda parts: base64.b64decode(parts[0])),
+    "~block": _Kind(Block, _of_block, _block),
+    "~message": _Kind(Message, _of_message, _message),
+    "~add": _Kind(Add, _of_add, _add),
+}
+"""How values that JSON does not know are taken apart and put together again."""

@@ -384,7 +384,7 @@ class Node:
         except TimeoutError:
             self._stopping += " (drain cut short)"
         self._put(Barrier(None))
-        if not self._leaving and "cut short" not in self._stopping:
+        if self.keeper.able and not self._leaving and "cut short" not in self._stopping:
             self._put(TakeCut(last=True))
         self._look()
         await self._settle()

@@ -5,15 +5,24 @@ Law: reads a node, changes nothing but the marks of its own last look. Cheap eno
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from dlion.node import Node
 from dlion.observe.status import LinkStatus, PeerStatus, State
+
+
+class Keeping(Protocol):
+    """Who writes checkpoints; ``trouble``: why the last one could not be written."""
+
+    trouble: str
 
 
 class StatusReader:
     """Call it whenever a status is wanted; rates are over the time since its last call."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, keeping: Keeping | None = None) -> None:
         self._node = node
+        self._keeping = keeping
         self._marks: dict[str, tuple[int, int, int]] = {}
         self._at = 0.0
         self._links: dict[str, LinkStatus] = {}
@@ -40,10 +49,14 @@ class StatusReader:
             "links": self._read_links(),
             "members": {"live": len(roster.live), "total": len(roster.records)},
             "ready": state == "training",
-            "reasons": [] if state == "training" else [f"state is {state}"],
+            "reasons": [*([] if state == "training" else [f"state is {state}"]), *self._trouble()],
             "loop_lag_s": meter.lag_p99_s,
             "refused": {peer: dict(reasons) for peer, reasons in meter.refusals.items()},
         }
+
+    def _trouble(self) -> list[str]:
+        """What does not keep the peer from training, but somebody should mend."""
+        return [self._keeping.trouble] if self._keeping is not None and self._keeping.trouble else []
 
     def _read_links(self) -> dict[str, LinkStatus]:
         """Over at least half a second; a second reader in the same second sees the first one's figures."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a running pride of peers are consistent cuts; a run that goes on from one misses and doubles nothing."""
+"""Checkpoints of a running pride of peers are consistent cuts; who goes on from one misses and doubles nothing."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
-from node_runs import Ran, Softmax, net, run
+from node_runs import RATE, Ran, Softmax, net, residual, run
 
-from dlion.cut import LAST_TURN, Part, pack, unpack
+from dlion.cut import LAST_TURN, Part, first_of, life_of, name_of, pack, unpack
+from dlion.exchange.full import Full
 from dlion.learn.workload import Indices
 from dlion.node import Node
-from dlion.tensors import Flat
+from dlion.tensors import Flat, disagreement
 
 PEERS = "a1 a2 | b1 b2"
 
@@ -103,3 +105,68 @@ def test_lockstep_goes_on_from_a_cut_bit_by_bit(cut_at_s: float) -> None:
         ]
         count = min(len(lines[0]) - step, len(lines[1]))
         assert lines[0][step : step + count] == lines[1][:count]
+
+
+PUSHES = {peer: np.random.default_rng(list(peer.encode())).standard_normal(32) for peer in ("a1", "a2", "b1", "b2", "c1")}
+
+
+class Push(Softmax):
+    """A gradient of the peer's own, always the same: so weights say how often each peer's step was added."""
+
+    def __init__(self, peer: str) -> None:
+        super().__init__(peer)
+        self._push = PUSHES[peer].astype(np.float32)
+
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        out[:] = self._push
+        return 1.0
+
+
+def added(ran: Ran, peer: str) -> dict[str, float]:
+    """How often each peer's step is in the weights of ``peer``, by least squares: exact for linear pushes."""
+    peers = sorted(ran.replicas)
+    moved = (ran.replicas[peer] - ran.start).astype(np.float64)
+    found = np.linalg.lstsq(np.stack([PUSHES[p] for p in peers], axis=1), moved * -len(peers) / RATE, rcond=None)[0]
+    return dict(zip(peers, found, strict=True))
+
+
+FLIGHTS = [
+    ("mesh", "bounded", residual),
+    ("mesh", "free", residual),
+    ("bridges", "bounded", residual),
+    ("bridges", "free", residual),
+    ("mesh", "bounded", Full),
+    ("bridges", "bounded", Full),
+    ("bridges", "free", Full),
+    ("tree", "lockstep", Full),
+]
+
+
+def in_full_flight(seed: int) -> None:
+    """A run on narrow links, killed as a whole at a random time after a cut; then one that goes on from the cut."""
+    rng = np.random.default_rng(seed)
+    talk, pace, exchange = FLIGHTS[seed % len(FLIGHTS)]
+    speeds = dict(zip(PEERS.replace("|", "").split(), rng.uniform(40, 200, 4), strict=True))
+    topology = net("a1 a2 | b1 | b2", talk, mbps=rng.uniform(0.02, 0.2), delay_s=rng.uniform(0.0, 0.2), speeds=speeds)
+    kept, common = Kept(), {"topology": topology, "exchange": exchange, "pace": pace, "workload": Push, "seed": seed}
+    kept_run(kept, until_s=3.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
+    (number,) = kept.whole(4)
+    parts = kept.cuts[number]
+    after = kept_run(kept, number, until_s=4.5, start_s=parts["a1"].t, settings={"drain_s": 60.0}, **common)
+    assert disagreement(after.result.replicas) <= 1e-5
+    steps = {str(peer): count for peer, count in after.result.steps.items()}
+    assert all(steps[peer] > part.step > 0 for peer, part in parts.items())
+    for peer in steps:
+        assert added(after, peer) == pytest.approx(steps, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_cut_in_full_flight_conserves_mass_and_replicas_agree(seed: int) -> None:
+    in_full_flight(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(10, 210))
+def test_cuts_in_full_flight_over_many_seeds(seed: int) -> None:
+    in_full_flight(seed)

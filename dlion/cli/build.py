@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dlion import __version__, exchange
 from dlion.config import ConfigError, Job, config_hash, job_hash
+from dlion.cut import name_of
 from dlion.exchange.base import Exchange
 from dlion.exchange.pace import PACES, Backup, Bounded, Pace
 from dlion.learn import schedules, workloads
@@ -170,6 +171,7 @@ def node_settings(job: Job) -> NodeSettings:
         until_s=job.job.until_s,
         status_every_s=n.status_every_s,
         evaluate_every_s=job.evaluate.every_s,
+        checkpoint_every_s=job.checkpoint.every_s,
         suspect_after_s=n.suspect_after_s,
         lost_after_s=n.lost_after_s,
         start_wait_s=n.start_wait_s,
@@ -229,6 +231,8 @@ def node_of(
     strategy = exchange_of(job)
     learner = learner or learner_of(plan, peer, workload, strategy)
     identity = identity_of(plan, peer, workload, incarnation)
+    if seams.resume is not None:
+        identity = replace(identity, cut=name_of(seams.resume.number))
     write_header(plan, identity, workload, seams.log)
     pace = pace_of(job, strategy)
     return Node(identity, plan.topology, learner, strategy, pace, seams, settings or node_settings(job))

@@ -21,6 +21,7 @@ import numpy as np
 from dlion import __version__, tensorfile
 from dlion.cli.build import Plan, node_of, workload_of
 from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, Fault
+from dlion.cli.keep import Keeping, Start
 from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
@@ -119,20 +120,31 @@ class Assembled:
 
 
 def assemble(
-    plan: Plan, peer: PeerId, doors: Doors, out: Path, addresses: Mapping[Any, str], does: Workload | Guest
+    plan: Plan,
+    peer: PeerId,
+    doors: Doors,
+    out: Path,
+    addresses: Mapping[Any, str],
+    does: Workload | Guest,
+    keeping: Keeping | None = None,
 ) -> Assembled:
     """``peer``'s node over real links, its log and snapshots in ``out``. Call it on the running loop.
 
-    Of a guest no snapshots are kept: nobody else could evaluate them.
+    Of a guest no snapshots are kept: nobody else could evaluate them. ``keeping``: its checkpoints.
     """
+    resume = None if keeping is None else keeping.part
+    zero_s = asyncio.get_running_loop().time() - (0.0 if resume is None else resume.t)
     learner, settings = (does.learner, does.settings) if isinstance(does, Guest) else (None, None)
     workload = does.learner.trainer.workload if isinstance(does, Guest) else does
     log_path = _open_directory(out, peer)
-    routes = routes_of(plan, peer, asyncio.get_running_loop().time()) if doors.emulate else {}
+    routes = routes_of(plan, peer, zero_s) if doors.emulate else {}
     dialer = ShapedDialer(UpgradeDialer(addresses, timeout_s=plan.job.node.hello_timeout_s, name=peer), routes)
     log = RunLog(File(log_path))
     compute = Threads(paced=doors.emulate or doors.paced)
-    seams = Seams(dialer, compute, plan.job.job.seed, log, None if learner else Snapshots(out, peer, workload))
+    observer = None if learner else Snapshots(out, peer, workload)
+    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keeping, resume)
+    if keeping is not None:
+        keeping.log = log
     born = time.time_ns() // 1_000_000
     node = node_of(plan, peer, seams, workload=workload, incarnation=born, settings=settings, learner=learner)
 
@@ -141,7 +153,7 @@ def assemble(
         route = routes.get(link.name)
         node.accept(link if route is None else route.shape(link))
 
-    return Assembled(node, accept, StatusReader(node))
+    return Assembled(node, accept, StatusReader(node, keeping))
 
 
 def workload_for(plan: Plan, peer: PeerId, doors: Doors) -> Workload:
@@ -156,6 +168,7 @@ class Hosted:
     status: StatusReader
     listen: str
     admin: str
+    keeping: Keeping | None = None
 
 
 @asynccontextmanager
@@ -166,10 +179,13 @@ async def hosted(
     out: Path,
     addresses: Callable[[str], Awaitable[Mapping[str, str]]] | Mapping[Any, str],
     guest: Guest | None = None,
+    *,
+    start: Start | None = None,
 ) -> AsyncIterator[Hosted]:
     """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
 
     ``addresses``: of the neighbours; or a callable that is told where we listen and answers with them later.
+    ``start``: which of the checkpoints in ``out`` to go on from. A guest keeps none.
     """
     if doors.listen[0] not in LOOPBACK and not doors.insecure_plaintext:
         raise Fault(
@@ -180,17 +196,22 @@ async def hosted(
         )
     does: Guest | Workload
     does = guest if guest is not None else await asyncio.to_thread(workload_for, plan, peer, doors)
+    keeping: Keeping | None = None
+    if not isinstance(does, Guest) and (plan.job.checkpoint.every_s or start is not None):
+        keeping = await asyncio.to_thread(Keeping, plan, peer, out, does.layout, start or Start())
     door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)
     try:
         here = f"{doors.listen[0]}:{site.port}"
         known = addresses if isinstance(addresses, Mapping) else await addresses(here)
-        made = assemble(plan, peer, doors, out, known, does)
+        made = assemble(plan, peer, doors, out, known, does, keeping)
         async with _admin(doors, made.status) as admin, made.node:
             door.open(made.accept)
-            yield Hosted(made.node, made.status, here, admin)
+            yield Hosted(made.node, made.status, here, admin, keeping)
     finally:
         await site.close()
+        if keeping is not None:
+            await asyncio.to_thread(keeping.close)
 
 
 class _Door:
@@ -255,21 +276,23 @@ def save_model(node: Node, out: Path) -> Path:
 
 
 class Signals:
-    """First SIGINT or SIGTERM: ``drain``. A second SIGINT ends the process at once."""
+    """First SIGINT or SIGTERM: ``drain``. A second SIGINT ends the process at once. SIGUSR1: ``checkpoint``."""
 
-    def __init__(self, drain: Callable[[str], None]) -> None:
+    def __init__(self, drain: Callable[[str], None], checkpoint: Callable[[], object] = bool) -> None:
         self._drain = drain
+        self._checkpoint = checkpoint
         self._asked = False
 
     def __enter__(self) -> Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled, number)
+        loop.add_signal_handler(signal.SIGUSR1, self._checkpoint)
         return self
 
     def __exit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             loop.remove_signal_handler(number)
 
     def _signalled(self, number: signal.Signals) -> None:

@@ -133,6 +133,13 @@ class NodeTable(Table, frozen=True):
     unacked_bytes_max: Bytes = 64 << 20
 
 
+class Checkpointing(Table, frozen=True):
+    every_s: Seconds = 30.0
+    """From one checkpoint of all peers to the next; 0 = none."""
+    keep: Positive = 3
+    """So many of them stay on the disk."""
+
+
 class Budget(Table, frozen=True):
     """Hard limits on what may leave this peer's micro-cloud; absent = none."""
 
@@ -150,6 +157,7 @@ class Job(Table, frozen=True):
     pace: PaceTable = PaceTable()
     evaluate: Evaluate = Evaluate()
     node: NodeTable = NodeTable()
+    checkpoint: Checkpointing = Checkpointing()
     budget: Budget = Budget()
 
 

@@ -190,8 +190,8 @@ class Weighted:
     """A part of the global batch in proportion to our share of all peers' compute power.
 
     The first steps try different sizes around the even part, so that the cost per sample and per step can be told
-    apart. After that the part is dealt anew every ``period_s``, and at once when the peers, those whose power is known, or
-    the global batch change.
+    apart. After that the part is dealt anew every ``period_s``, and at once when the peers, those whose power is known,
+    or the global batch change.
     """
 
     PROBES = (0.25, 0.5)
