@@ -215,7 +215,7 @@ def show(
         _show_answer(console, answer)
 
 
-WORDS = {
+WORDS: Mapping[str, str] = {
     "pace": "because others are too far behind",
     "strategy": "for its strategy's round to end",
     "room": "for room on its links",
