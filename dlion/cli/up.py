@@ -9,7 +9,7 @@ import asyncio
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -240,15 +240,15 @@ def run_up(plan: Plan, out: Path, *, target: float | None = None, quiet: bool = 
     return pride.summary(time.perf_counter() - started), pride
 
 
-def write_report(out: Path) -> Path | None:
-    """The run's report, or None where matplotlib is missing."""
+def write_report(out: Path, beside: Sequence[Path] = ()) -> Path | None:
+    """The run's report, with other runs overlaid; None where matplotlib is missing."""
     try:
         from dlion.observe.report import build_report
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         return None
-    return build_report([read_directory(out)], out / "report.html")[0]
+    return build_report([read_directory(directory) for directory in (out, *beside)], out / "report.html")[0]
 
 
 @click.command()
@@ -262,11 +262,11 @@ def command(target: float | None, **options: Any) -> None:
     finish(summary, pride, options["as_json"], out)
 
 
-def finish(summary: Summary, pride: Pride, as_json: bool, out: Path) -> None:
-    """Tell how it went; a peer that failed by itself makes the run fail."""
+def finish(summary: Summary, pride: Pride, as_json: bool, out: Path, beside: Sequence[Path] = ()) -> None:
+    """Tell how it went, runs ``beside`` it in its report; a peer that failed by itself makes the run fail."""
     (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
     show_summary(summary, as_json, out)
-    page = write_report(out)
+    page = write_report(out, beside)
     click.echo(f"report: {page or 'needs matplotlib: pip install dlion[report]'}", err=as_json)
     if pride.target is not None and not pride.reached:
         why = f"not every peer's accuracy reached {pride.target:g} in {summary['virtual_seconds']:.0f} s"
