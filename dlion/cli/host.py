@@ -142,7 +142,8 @@ def assemble(
     log = RunLog(File(log_path))
     compute = Threads(paced=doors.emulate or doors.paced)
     observer = None if learner else Snapshots(out, peer, workload)
-    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keeping, resume)
+    keep = keeping if plan.job.checkpoint.every_s else None
+    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keep, resume)
     if keeping is not None:
         keeping.log = log
     born = time.time_ns() // 1_000_000
@@ -197,7 +198,7 @@ async def hosted(
     does: Guest | Workload
     does = guest if guest is not None else await asyncio.to_thread(workload_for, plan, peer, doors)
     keeping: Keeping | None = None
-    if not isinstance(does, Guest) and (plan.job.checkpoint.every_s or start is not None):
+    if not isinstance(does, Guest):
         keeping = await asyncio.to_thread(Keeping, plan, peer, out, does.layout, start or Start())
     door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)

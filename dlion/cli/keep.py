@@ -85,6 +85,17 @@ class Keeping:
         self.part = None if start.fresh else self._found(start.cut)
         set_aside(self.store, None if self.part is None else self.part.number)
 
+    @property
+    def notice(self) -> str:
+        """What to tell the user of how this peer begins."""
+        part = self.part
+        if part is None:
+            return self.trouble
+        begun = (
+            f"goes on from checkpoint {name_of(part.number)}, step {part.step}, {part.t:.1f} s (--fresh starts over)"
+        )
+        return "\n".join(filter(None, (self.trouble, begun)))
+
     def __call__(self, part: Part) -> None:
         """Never waits: should the disk be slower than checkpoints come, the newest of those that wait is written."""
         with self._lock:
@@ -162,8 +173,23 @@ def set_aside(store: CheckpointStore, newest: int | None) -> None:
 class Common:
     """The newest cut that all peers have whole (0: none), and what was passed over on the way."""
 
-    number: int
+    number: int = 0
+    t: float = 0.0
+    """Training time at which it was taken, the earliest of the peers'."""
     passed_over: tuple[str, ...] = ()
+
+    @property
+    def start(self) -> Start:
+        """How each peer is to begin."""
+        return Start(name_of(self.number)) if self.number else Start(fresh=True)
+
+    @property
+    def notice(self) -> str:
+        """What to tell the user; nothing where there is no checkpoint."""
+        lines = [f"passed over: {damage}" for damage in self.passed_over]
+        if self.number:
+            lines.append(f"goes on from checkpoint {name_of(self.number)}, {self.t:.1f} s (--fresh starts over)")
+        return "\n".join(lines)
 
 
 def newest_common(plan: Plan, out: Path, peers: Collection[str]) -> Common:
@@ -177,16 +203,15 @@ def newest_common(plan: Plan, out: Path, peers: Collection[str]) -> Common:
     passed_over: list[str] = []
     for number in numbers:
         try:
-            for peer in peers:
-                checkpoint.verify(known[peer][number], wanted)
+            metas = [checkpoint.verify(known[peer][number], wanted)["meta"] for peer in peers]
         except Damaged as damage:
             passed_over.append(str(damage))
         else:
-            return Common(number, tuple(passed_over))
+            return Common(number, min(meta["t"] for meta in metas), tuple(passed_over))
     if passed_over:
         raise Fault(BAD_DATA, "all checkpoints that the peers have in common are damaged", str(out / FOLDER),
                     "; ".join(passed_over), "--fresh starts over")  # fmt: skip
-    return Common(0)
+    return Common()
 
 
 def facts_of(store: CheckpointStore) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from dlion.cli.host import Doors, hosted, save_model
+from dlion.cli.keep import Start
 from dlion.cli.planfile import load_plan
 from dlion.messages import PeerId
 
@@ -33,7 +34,7 @@ async def _stdin() -> asyncio.StreamReader:
     return reader
 
 
-async def _main(out: Path, peer: PeerId) -> None:
+async def _main(out: Path, peer: PeerId, start: Start) -> None:
     plan = load_plan(out)
     orders = await _stdin()
 
@@ -46,12 +47,15 @@ async def _main(out: Path, peer: PeerId) -> None:
         return {p: a for p, a in addresses.items() if p != peer}
 
     doors = Doors(("127.0.0.1", 0), admin=None, emulate=True)
-    async with hosted(plan, peer, doors, out, introduce) as host:
+    async with hosted(plan, peer, doors, out, introduce, start=start) as host:
         node = host.node
 
         async def obey() -> None:
             while line := await orders.readline():
                 order = msgspec.json.decode(line)
+                if "checkpoint" in order:
+                    node.checkpoint()
+                    continue
                 node.stop(order["stop"], leaving=order.get("leaving", False))
             node.stop("the parent is gone", leaving=True)
 
@@ -74,7 +78,9 @@ async def _main(out: Path, peer: PeerId) -> None:
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("peer")
-def command(out: Path, peer: str) -> None:
+@click.option("--cut", default="", help="The checkpoint to go on from.")
+@click.option("--fresh", is_flag=True, help="Set aside the checkpoints that are there.")
+def command(out: Path, peer: str, cut: str, fresh: bool) -> None:
     """One peer of ``dlion up``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
-    asyncio.run(_main(out, PeerId(peer)))
+    asyncio.run(_main(out, PeerId(peer), Start(cut, fresh)))

@@ -18,6 +18,7 @@ from dlion import __version__
 from dlion.cli.build import Plan, check
 from dlion.cli.errors import DRAIN_CUT_SHORT, NO_PEER, Fault
 from dlion.cli.host import Doors, Hosted, Signals, address, hosted, save_model
+from dlion.cli.keep import Start
 from dlion.cli.options import flags_of
 from dlion.cli.planfile import save_plan
 from dlion.config import PeerSetup, load_setup
@@ -36,7 +37,7 @@ def plan_of_peer(setup: PeerSetup) -> Plan:
     return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
 
 
-async def _run(plan: Plan, setup: PeerSetup, out: Path) -> int:
+async def _run(plan: Plan, setup: PeerSetup, out: Path, start: Start) -> int:
     peer, console = PeerId(setup.peer.name), Console(stderr=True, highlight=False)
     paced = setup.peer.speed is not None
     doors = Doors(
@@ -47,7 +48,7 @@ async def _run(plan: Plan, setup: PeerSetup, out: Path) -> int:
         insecure_plaintext=setup.peer.insecure_plaintext,
         data_share=setup.peer.data_share or 1.0,
     )
-    async with hosted(plan, peer, doors, out, setup.addresses) as host:
+    async with hosted(plan, peer, doors, out, setup.addresses, start=start) as host:
         console.print(
             f"dlion {__version__}  run {plan.run}  peer {peer}  seed {plan.job.job.seed}  "
             f"exchange {plan.job.exchange.name}  {plan.job.job.until_s:g} s once all are there\n"
@@ -57,7 +58,9 @@ async def _run(plan: Plan, setup: PeerSetup, out: Path) -> int:
         )
         if doors.insecure_plaintext:
             console.print(f"[yellow]warning:[/] {host.listen} speaks plaintext: anybody on the way can read and forge")
-        with Signals(host.node.stop), LiveView(console) as view:
+        if host.keeping is not None and host.keeping.notice:
+            console.print(host.keeping.notice, soft_wrap=True)
+        with Signals(host.node.stop, host.node.checkpoint), LiveView(console) as view:
             await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
         model = save_model(host.node, out)
         reason = host.node.ended
@@ -86,10 +89,15 @@ async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
 @click.option("--data", type=click.Path(file_okay=False), help="Where the job's data files are.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Any key of the job: train.batch=32.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="In place of the file's.")
-def command(file: str, out: Path | None, **options: Any) -> int:
+@click.option(
+    "--cut", default="", help="The checkpoint in --out to go on from, in place of the newest.", metavar="NAME"
+)
+@click.option("--fresh", is_flag=True, help="Start over, though there are checkpoints in --out.")
+def command(file: str, out: Path | None, cut: str, fresh: bool, **options: Any) -> int:
     """Start the peer that FILE describes (a TOML file, or the name of a packaged one such as a1).
 
-    Peers may be started in any order; they wait for each other, and go on when one dies.
+    Peers may be started in any order; they wait for each other, and go on when one dies. SIGUSR1 asks for a checkpoint
+    of all of them; started again, all of them go on from it.
     """
     setup = load_setup(file, flags_of(options))
     plan = plan_of_peer(setup)
@@ -104,4 +112,4 @@ def command(file: str, out: Path | None, **options: Any) -> int:
     except ModuleNotFoundError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(plan, setup, directory))
+        return runner.run(_run(plan, setup, directory, Start(cut, fresh)))

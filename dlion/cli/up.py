@@ -23,6 +23,7 @@ from dlion import __version__
 from dlion.cli.build import Plan, workload_of
 from dlion.cli.errors import INTERRUPTED, TEMPORARY, Fault
 from dlion.cli.host import check_shareable
+from dlion.cli.keep import Common, Start, newest_common
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
 from dlion.cli.show import show_summary
@@ -62,8 +63,11 @@ class Child:
 class Pride:
     """All processes of one run."""
 
-    def __init__(self, plan: Plan, out: Path, target: float | None, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, plan: Plan, out: Path, target: float | None, tell: Callable[[str], None], start: Start | None = None
+    ) -> None:
         self.plan, self.out, self.target, self.tell = plan, out, target, tell
+        self.start = start or Start(fresh=True)
         self.children: dict[str, Child] = {}
         self.accuracy: dict[str, float] = {}
         self.stopping = ""
@@ -73,10 +77,11 @@ class Pride:
         """Start all, watch until all have ended."""
         save_plan(self.plan, self.out)
         evaluator = await self._spawn("evaluate", str(self.out))
+        begin = ["--fresh"] if self.start.fresh else ["--cut", self.start.cut]
         try:
             async with asyncio.TaskGroup() as group:
                 for peer in self.plan.peers:
-                    process = await self._spawn("managed", str(self.out), peer)
+                    process = await self._spawn("managed", str(self.out), peer, *begin)
                     child = Child(peer, process, asyncio.get_running_loop().create_future())
                     self.children[peer] = child
                     group.create_task(self._listen(child))
@@ -122,6 +127,7 @@ class Pride:
                 child.listen.set_result(said["listen"])
             if "status" in said:
                 child.status = said["status"]
+                self._complain(child, said["status"].get("reasons", []))
         code = await child.process.wait()
         if not child.listen.done():
             child.listen.set_exception(Fault(code, f"peer {child.peer} did not start", why="\n".join(child.errors)))
@@ -131,6 +137,18 @@ class Pride:
             self.tell(f"{child.peer} ended by {child.died}" + "".join(f"\n  {line}" for line in child.errors[-12:]))
         if child.status is not None:
             child.status["state"] = "stopped"
+
+    def _complain(self, child: Child, reasons: list[str]) -> None:
+        """Tell once of what a peer cannot mend itself: checkpoints that cannot be written."""
+        for reason in reasons:
+            if reason.startswith("checkpoint") and reason not in child.errors:
+                child.errors.append(reason)
+                self.tell(f"{child.peer}: {reason}")
+
+    def checkpoint(self) -> None:
+        """Ask for a checkpoint of all peers; any of them can start it."""
+        for child in [c for c in self.children.values() if c.process.returncode is None][:1]:
+            child.order(checkpoint=True)
 
     async def _errors(self, child: Child) -> None:
         assert child.process.stderr is not None
@@ -204,9 +222,15 @@ def default_out(plan: Plan) -> Path:
     return Path("runs") / f"{stamp}-{plan.job.job.name}-{plan.topology.name}-{plan.job.exchange.name}"
 
 
-def run_up(plan: Plan, out: Path, *, target: float | None = None, quiet: bool = False) -> tuple[Summary, Pride]:
-    """Run ``plan`` with a process per peer; raises Fault when a peer cannot start. Returns what happened."""
+def run_up(
+    plan: Plan, out: Path, *, target: float | None = None, quiet: bool = False, fresh: bool = False
+) -> tuple[Summary, Pride]:
+    """Run ``plan`` with a process per peer; raises Fault when a peer cannot start. Returns what happened.
+
+    Where ``out`` holds checkpoints of it, it goes on from the newest that all peers have, unless ``fresh``.
+    """
     check_shareable(plan)
+    common = Common() if fresh else newest_common(plan, out, plan.peers)
     console = Console(stderr=quiet, highlight=False)
     console.print(
         f"dlion {__version__}  {plan.run}  exchange {plan.job.exchange.name}  seed {plan.job.job.seed}  "
@@ -214,7 +238,9 @@ def run_up(plan: Plan, out: Path, *, target: float | None = None, quiet: bool = 
         f"logs, report and models: {out}",
         soft_wrap=True,
     )
-    pride = Pride(plan, out, target, console.print)
+    if common.notice:
+        console.print(common.notice, soft_wrap=True)
+    pride = Pride(plan, out, target, console.print, common.start)
     started = time.perf_counter()
 
     async def main() -> None:
@@ -230,6 +256,7 @@ def run_up(plan: Plan, out: Path, *, target: float | None = None, quiet: bool = 
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted)
+        loop.add_signal_handler(signal.SIGUSR1, pride.checkpoint)
         with LiveView(console) as view:
             await pride.run(view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
 
@@ -254,11 +281,12 @@ def write_report(out: Path, beside: Sequence[Path] = ()) -> Path | None:
 @click.command()
 @run_options
 @click.option("--target", type=click.FloatRange(0, 1), help="Stop when every peer's accuracy has reached this.")
-def command(target: float | None, **options: Any) -> None:
+@click.option("--fresh", is_flag=True, help="Start over, though there are checkpoints in --out.")
+def command(target: float | None, fresh: bool, **options: Any) -> None:
     """Start every peer of a topology on this machine, one process each, over links shaped as it says."""
     plan = plan_of(options)
     out = options["out"] or default_out(plan)
-    summary, pride = run_up(plan, out, target=target, quiet=options["as_json"])
+    summary, pride = run_up(plan, out, target=target, quiet=options["as_json"], fresh=fresh)
     finish(summary, pride, options["as_json"], out)
 
 
