@@ -72,7 +72,10 @@ def _draw(runs: Sequence[Run], name: str, theme: Theme) -> Figure | None:
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """Runs of one name get their exchange's name with it, and a number where that is not enough."""
+    """Runs that differ in exchange are called by it; those of one name get it added, and a number where needed."""
+    exchanges = {run.header.exchange for run in runs}
+    if 1 < len(exchanges) == len(runs):
+        return [replace(run, name=run.header.exchange) for run in runs]
     names = [run.name for run in runs]
     named = [f"{r.name} {r.header.exchange}" if names.count(r.name) > 1 else r.name for r in runs]
     return [
