@@ -103,7 +103,7 @@ class Node:
 
     async def __aenter__(self) -> Node:
         self._loop = asyncio.get_running_loop()
-        self._zero = self._loop.time()
+        self._zero = self._loop.time() - self.keeper.zero_s
         self._work, self._changed, self._finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
