@@ -295,15 +295,17 @@ class Pride(Spread):
     # -- what to assume ------------------------------------------------------------------------------------------
 
     def _factors(self, ctx: Context) -> dict[Account, float]:
-        """What the others are assumed to do while we do one step, in our steps, by whom we hear of it."""
+        """What the others are assumed to do while we do one step, in our weighed steps, by whom we hear of it; all
+        together no more than makes a whole local step of ours."""
         mine, factors = ctx.members[ctx.me].samples_per_s, dict[Account, float]()
         if not self.speculation or not mine:
             return factors
         for peer, key in sorted(self._via.items()):
             if peer in ctx.members and ctx.now - self._heard_at[key] <= self.trust_steps * ctx.step_s:
-                part = self.speculation * ctx.members[peer].samples_per_s / mine
-                factors[key] = factors.get(key, 0.0) + part
-        return factors
+                factors[key] = factors.get(key, 0.0) + self.speculation * ctx.members[peer].samples_per_s / mine
+        most = max(1.0 / ctx.share - 1.0, 0.0)
+        scale = min(1.0, most / max(sum(factors.values()), most, 1e-9))
+        return {key: scale * factor for key, factor in factors.items()}
 
     def _drop(self) -> Add:
         """The oldest assumption is given up."""
