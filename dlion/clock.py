@@ -15,7 +15,7 @@ from contextvars import Context, copy_context
 from typing import Any
 
 
-class Deadlock(RuntimeError):
+class Deadlock(RuntimeError):  # noqa: N818 - the field's name for it
     """The main task waits, and no callback or timer is left that could wake it."""
 
 

@@ -91,7 +91,7 @@ class Meter:
         return min(1.0, max(0.0, share))
 
     def refused(self, peer: str, reason: str) -> None:
-        self.refusals.setdefault(peer, Counter())[reason.split(":")[0][:60]] += 1
+        self.refusals.setdefault(peer, Counter())[reason.partition(":")[0][:60]] += 1
 
     def lag(self, seconds: float) -> None:
         self._lags.append(seconds)
