@@ -34,6 +34,7 @@ VERBS: Mapping[str, Verb] = {
     "record": Verb("dlion.cli.record:command", "Turn a run's logs into a topology with traces."),
     "explain": Verb("dlion.cli.explain:command", "Say where a run's time went, and what would change it."),
     "trace": Verb("dlion.cli.trace:trace", "Show trace files."),
+    "checkpoint": Verb("dlion.cli.checkpoint:checkpoint", "List, verify and export the checkpoints of a run."),
     "report": Verb("dlion.cli.report:report", "Draw one run, or compare several."),
     "cell": Verb("dlion.cli.compare:cell", "One simulated run of a comparison.", hidden=True),
     "evaluate": Verb("dlion.cli.evaluate:command", "Measure a run's snapshots.", hidden=True),

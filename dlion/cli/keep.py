@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,7 +19,7 @@ from dlion.checkpoint import Checkpoint, CheckpointFailed, CheckpointStore, Dama
 from dlion.cli.build import Plan
 from dlion.cli.errors import BAD_DATA, CONFIGURATION, Fault
 from dlion.config import job_hash
-from dlion.cut import Part, Said, name_of, number_of, pack, unpack
+from dlion.cut import Part, Said, name_of, pack, unpack
 from dlion.exchange.base import Update
 from dlion.messages import PeerId
 from dlion.observe.runlog import Refuse, RunLog, Snapshot
@@ -124,15 +124,13 @@ class Keeping:
     def _found(self, cut: str) -> Part | None:
         """The part asked for, or the newest that is whole."""
         check_job(self.store, self._meta["job"])
-        known = cuts_of(self.store)
-        if cut and number_of(cut) not in known:
-            have = ", ".join(map(name_of, known)) or "none"
-            raise Fault(
-                CONFIGURATION, f"{self._peer} has no checkpoint {cut}", str(self.store.directory), f"has {have}"
-            )
-        for number in [number_of(cut)] if cut else sorted(known, reverse=True):
+        known = {name_of(number): path for number, path in sorted(cuts_of(self.store).items(), reverse=True)}
+        if cut and cut not in known:
+            where, have = str(self.store.directory), ", ".join(known) or "none"
+            raise Fault(CONFIGURATION, f"{self._peer} has no checkpoint {cut!r}", where, f"it has {have}")
+        for name in [cut] if cut else known:
             try:
-                return from_checkpoint(checkpoint.load(known[number], {**self._meta, "model": self._layout.digest}))
+                return from_checkpoint(checkpoint.load(known[name], {**self._meta, "model": self._layout.digest}))
             except Damaged as damage:
                 if cut:
                     raise
@@ -212,8 +210,3 @@ def newest_common(plan: Plan, out: Path, peers: Collection[str]) -> Common:
         raise Fault(BAD_DATA, "all checkpoints that the peers have in common are damaged", str(out / FOLDER),
                     "; ".join(passed_over), "--fresh starts over")  # fmt: skip
     return Common()
-
-
-def facts_of(store: CheckpointStore) -> list[dict[str, Any]]:
-    """What ``list`` shows of each checkpoint."""
-    return [asdict(entry) for entry in store.entries()]
