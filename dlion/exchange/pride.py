@@ -204,14 +204,13 @@ class Pride(Spread):
 
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
-        heard = {f"heard/{peer}": flat.copy() for peer, flat in self._heard.items()}
-        return {**super().state(), **heard, **({"assumed": -assumed} if self._assumed else {})}
+        heard = {peer: flat.copy() for peer, flat in self._heard.items()}
+        return {**super().state(), "heard": heard, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         """What was assumed is taken back as if of somebody who left."""
         super().restore(state, ctx)
-        heard = {name.removeprefix("heard/"): flat for name, flat in state.items() if name.startswith("heard/")}
-        self._heard = {PeerId(peer): np.array(flat, dtype=np.float32) for peer, flat in heard.items()}
+        self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
             self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))

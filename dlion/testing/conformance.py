@@ -124,7 +124,7 @@ def _restores(make: Make) -> None:
     bench.run(STEPS // 2, _learning(make()))
     for seat in bench.seats.values():
         saved = seat.exchange.state()
-        odd = [k for k, v in saved.items() if not isinstance(v, (*SCALARS, np.ndarray, list, tuple, dict))]
+        odd = [k for k, v in saved.items() if not isinstance(v, (*SCALARS, np.ndarray, list, tuple, dict, set))]
         demand(not odd, f"state holds {odd}, which are neither arrays nor plain values")
         twin = make()
         twin.setup(seat.ctx)
@@ -136,6 +136,10 @@ def _restores(make: Make) -> None:
 
 
 def _equal(a: object, b: object) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
         return np.array_equal(np.asarray(a), np.asarray(b))
     return a == b
