@@ -236,6 +236,9 @@ class Replica:
             self._marked(message, item, outcome)
             return
         if message.kind.startswith("~"):
+            leaves = message.kind == "~done" and message.fields["leaving"] and message.fields["peer"] == item.hop
+            if leaves and (link := self.ctx.links.get(item.hop)) is not None:
+                self._perform(self.exchange.on_leave(link, self.ctx), outcome)  # goes before our goodbye
             outcome.notices.append(message)
             return
         self._cuts.hear(item.hop, item.stream, item.seq, item.body)

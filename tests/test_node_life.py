@@ -126,6 +126,20 @@ def test_a_leaver_leaves_cleanly_while_the_others_train_on(talk: str, pace: str)
         assert sorted(e["step"] for e in ran.events(str(peer), "apply") if e["origin"] == "b1") == list(range(steps))
 
 
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+def test_a_bridge_that_leaves_over_narrow_links_takes_nothing_with_it(talk: str) -> None:
+    """Its mates say what they still owe it for the cloud beyond, it passes that on, and only then it is gone."""
+    ran = run(
+        net("a1 a2 | b1 b2 | c1 c2", talk, mbps=0.2),  # type: ignore[arg-type]
+        residual,
+        pace="free",
+        until_s=12.0,
+        each=stopping("b1", 3.0),
+    )
+    assert ran.events("b1", "end")[0]["reason"] == "signal"
+    assert disagreement({p: w for p, w in ran.result.replicas.items() if p != "b1"}) <= 1e-4
+
+
 class Owing(Exchange):
     """Owes for ever."""
 

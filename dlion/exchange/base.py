@@ -193,6 +193,10 @@ class Exchange:
         """Somebody came, left, fell silent or died, or a bridge moved: ``members``, ``links``, ``routes`` are new."""
         return ()
 
+    def on_leave(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        """This neighbour leaves, and passes on what it still hears from us: say all that it is owed, room or not."""
+        return ()
+
     def ready(self, step: int, ctx: Context) -> bool:
         """May local step ``step`` (0-based) start, as far as this strategy's round goes? Asked after every hook."""
         return True
@@ -211,7 +215,7 @@ class Exchange:
         return False
 
     def state(self) -> dict[str, Any]:
-        """All that must survive a restart: flat arrays and msgpack-able values by name."""
+        """All that must survive a restart, copied: arrays, Blocks, Messages and plain values in nested containers."""
         return {}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:

@@ -78,6 +78,10 @@ class Spread(Exchange):
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx)
 
+    def on_leave(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        link.writable_bytes = max(link.writable_bytes, 1)
+        return self._tell([a for a in self.owed if a[0] == link.peer], ctx, everything=True)
+
     def on_members(self, ctx: Context) -> Iterable[Action]:
         """Drop the accounts of who is gone. A new neighbour (a bridge that moved) first hears how far we are: what died
         with the old bridge will not come, and nobody may wait for it."""
