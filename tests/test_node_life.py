@@ -131,9 +131,11 @@ def test_a_bridge_that_leaves_over_narrow_links_takes_nothing_with_it(talk: str)
     """Its mates say what they still owe it for the cloud beyond, it passes that on, and only then it is gone."""
     ran = run(
         net("a1 a2 | b1 b2 | c1 c2", talk, mbps=0.2),  # type: ignore[arg-type]
-        residual,
+        Full,
         pace="free",
         until_s=12.0,
+        workload=lambda peer: Softmax(peer, 100),
+        settings={"drain_s": 60.0},
         each=stopping("b1", 3.0),
     )
     assert ran.events("b1", "end")[0]["reason"] == "signal"
