@@ -106,8 +106,8 @@ class Choco(Exchange):
 
     def state(self) -> dict[str, Any]:
         public = {f"public/{peer}": copy.copy() for peer, copy in self._public.items()}
-        owed = {f"owed/{peer}": owed.flat.copy() for peer, owed in self._owed.items() if owed}
-        return {"start": self._start.copy(), **public, **owed}
+        owed = {peer: owed.state() for peer, owed in self._owed.items()}
+        return {"start": self._start.copy(), **public, "owed": owed, "last": dict(self._last)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._start = np.array(state["start"], dtype=np.float32)
@@ -115,6 +115,5 @@ class Choco(Exchange):
             kind, _, peer = name.partition("/")
             if kind == "public":
                 self._public[PeerId(peer)] = np.array(value, dtype=np.float32)
-            elif kind == "owed":
-                owed = self._owed.setdefault(PeerId(peer), Owed(ctx.layout.size))
-                owed.add(Piece(np.array(value, dtype=np.float32), ctx.me, ctx.layout.size))
+        self._owed = {PeerId(peer): Owed.of(ctx.layout.size, ctx.me, held) for peer, held in state["owed"].items()}
+        self._last = dict(state["last"])

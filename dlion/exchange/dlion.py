@@ -19,8 +19,8 @@ are when they fit the budget. Our choices where the text was not at hand: minimu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -86,6 +86,13 @@ class DLion(Spread):
     def on_members(self, ctx: Context) -> Iterable[Action]:
         self.transfer.forget(ctx)
         return super().on_members(ctx)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "asked": self.transfer.asked}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        super().restore(state, ctx)
+        self.transfer.asked = state["asked"]
 
 
 class MaxN(DLion):

@@ -11,8 +11,9 @@ included, leaves itself out the same way. A round is ``local_steps`` steps (the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -87,3 +88,10 @@ class FedAvg(Rounds):
             if self._given is not None or ctx.me in self.chosen(ctx):
                 return
             yield from self._give(ctx)
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "opened": self._opened, "ends_s": self._ends_s}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        super().restore(state, ctx)
+        self._opened, self._ends_s = int(state["opened"]), float(state["ends_s"])

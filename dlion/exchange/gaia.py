@@ -87,11 +87,12 @@ class Gaia(Spread):
         return bool(self._gathered.any()) or super().owes(ctx)
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "gathered": self._gathered.copy()}
+        return {**super().state(), "gathered": self._gathered.copy(), "awaited": dict(self._awaited)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         super().restore(state, ctx)
         self._gathered = np.array(state["gathered"], dtype=np.float32)
+        self._awaited = dict(state["awaited"])
 
     def _behind(self, peer: PeerId, ctx: Context) -> bool:
         return peer in ctx.links and ctx.links[peer].writable_bytes <= 0

@@ -107,8 +107,13 @@ class Hop(Exchange):
             yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=coverage))
 
     def state(self) -> dict[str, Any]:
-        return {"next": self._next, "stepped": self._stepped, "mine": self._mine.values.copy()}
+        queues = {peer: dict(queue) for peer, queue in self._queue.items()}
+        told = {"last": dict(self._last), "unsaid": set(self._unsaid)}
+        blocks = {"start": self._start, "mine": self._mine, "queues": queues}
+        return {"next": self._next, "stepped": self._stepped, **blocks, **told}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._next, self._stepped = int(state["next"]), bool(state["stepped"])
-        self._mine = dense(np.array(state["mine"], dtype=np.float32))
+        self._start, self._mine = state["start"], state["mine"]
+        self._last, self._unsaid = dict(state["last"]), set(state["unsaid"])
+        self._queue = {PeerId(peer): dict(queue) for peer, queue in state["queues"].items()}

@@ -56,6 +56,7 @@ class NoLoCo(Exchange):
     def setup(self, ctx: Context) -> None:
         self._slow = ctx.weights.copy()
         self._velocity = np.zeros_like(self._slow)
+        self._mine = (dense(self._slow), dense(self._velocity))
 
     def partner(self, ctx: Context) -> PeerId | None:
         """Our partner in this round, if it is a neighbour: one pairing for all who see the same members."""
@@ -138,9 +139,13 @@ class NoLoCo(Exchange):
         yield Add(self._slow - ctx.weights)
 
     def state(self) -> dict[str, Any]:
-        return {"slow": self._slow.copy(), "velocity": self._velocity.copy(), "round": self.round, "steps": self._steps}
+        talk = {"partner": self._partner, "heard": dict(self._heard), "outbox": self._outbox.state()}
+        arrays = {"slow": self._slow.copy(), "velocity": self._velocity.copy(), "mine": self._mine}
+        return {**arrays, **talk, "round": self.round, "steps": self._steps}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._slow = np.array(state["slow"], dtype=np.float32)
         self._velocity = np.array(state["velocity"], dtype=np.float32)
         self.round, self._steps = int(state["round"]), int(state["steps"])
+        self._partner, self._heard, self._mine = state["partner"], dict(state["heard"]), state["mine"]
+        self._outbox.restore(state["outbox"])

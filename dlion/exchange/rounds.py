@@ -56,6 +56,12 @@ class Outbox:
     def __bool__(self) -> bool:
         return any(self._waiting.values())
 
+    def state(self) -> dict[str, Any]:
+        return {"waiting": {peer: list(queue) for peer, queue in self._waiting.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._waiting = {PeerId(peer): deque(queue) for peer, queue in state["waiting"].items()}
+
 
 class Parts:
     """Parts of the rounds that are open somewhere, passed on along the routes until everybody living has them all.
@@ -125,6 +131,15 @@ class Parts:
         for dead in died:
             fields = {"cloud": ctx.cloud, "peer": dead}
             yield from self.say(Message("gone", fields=fields, origin=ctx.me), ctx)
+
+    def state(self) -> dict[str, Any]:
+        peers = {"living": set(self._living), "beside": set(self._beside), "dead": set(self._dead)}
+        return {"known": list(self._known.values()), "outbox": self.outbox.state(), **peers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._known = {_key(message): message for message in state["known"]}
+        self._living, self._beside, self._dead = (set(state[who]) for who in ("living", "beside", "dead"))
+        self.outbox.restore(state["outbox"])
 
 
 def _key(message: Message) -> tuple[str, int, PeerId, str]:
@@ -305,10 +320,13 @@ class Rounds(Exchange):
 
     def state(self) -> dict[str, Any]:
         arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": self.outer.velocity}
-        return {k: v.copy() for k, v in arrays.items() if v is not None} | {"round": self.round, "steps": self._steps}
+        counts = {"round": self.round, "steps": self._steps, "samples": self._samples, "unspoken": self._unspoken}
+        return {k: v.copy() for k, v in arrays.items() if v is not None} | counts | {"parts": self._parts.state()}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         flat = {k: np.array(v, dtype=np.float32) for k, v in state.items() if isinstance(v, np.ndarray)}
         self._anchor, self._moved = flat["anchor"], flat["moved"]
         self._given, self.outer.velocity = flat.get("given"), flat.get("velocity")
-        self.round, self._steps = int(state["round"]), int(state["steps"])
+        self.round, self._steps, self._samples = (int(state[name]) for name in ("round", "steps", "samples"))
+        self._unspoken = list(state["unspoken"])
+        self._parts.restore(state["parts"])

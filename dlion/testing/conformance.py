@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from dlion.cut import Array, pack, unpack
 from dlion.exchange.base import Exchange
 from dlion.exchange.pace import PACES
 from dlion.tensors import Flat
@@ -20,7 +21,6 @@ CLOUDS: Mapping[str, str] = {"a0": "A", "a1": "A", "b0": "B", "b1": "B", "c0": "
 STEPS = 12
 AGREE = 1e-4
 """Relative distance between replicas that counts as agreement."""
-SCALARS = (bool, int, float, str, bytes, type(None))
 
 
 def check(make: Make) -> None:
@@ -123,23 +123,17 @@ def _restores(make: Make) -> None:
     bench = _bench(make)
     bench.run(STEPS // 2, _learning(make()))
     for seat in bench.seats.values():
-        saved = seat.exchange.state()
-        odd = [k for k, v in saved.items() if not isinstance(v, (*SCALARS, np.ndarray, list, tuple, dict, set))]
-        demand(not odd, f"state holds {odd}, which are neither arrays nor plain values")
+        text, arrays = _packed(seat.exchange)
         twin = make()
         twin.setup(seat.ctx)
-        twin.restore(saved, seat.ctx)
-        again = twin.state()
-        demand(again.keys() == saved.keys(), f"restored state has keys {sorted(again)}; expected {sorted(saved)}")
-        same = all(_equal(again[k], saved[k]) for k in saved)
+        twin.restore(unpack(text, {name: array.copy() for name, array in arrays.items()}), seat.ctx)
+        again, copies = _packed(twin)
+        same = again == text and all(np.array_equal(copies[name], array) for name, array in arrays.items())
         demand(same, "a restored strategy has another state than the one that was saved")
 
 
-def _equal(a: object, b: object) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.array_equal(np.asarray(a), np.asarray(b))
-    return a == b
+def _packed(exchange: Exchange) -> tuple[bytes, dict[str, Array]]:
+    try:
+        return pack(exchange.state())
+    except TypeError as error:
+        raise Nonconforming(str(error)) from error
