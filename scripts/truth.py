@@ -1,7 +1,7 @@
 """Virtual time tells the truth: the same job live and simulated, side by side.
 
     python scripts/truth.py [--exchange dlion --exchange ako] [--topology hetero-system] [--trace LTE.down.xz]
-                            [--until 30s] [--after 15s] [--way up --way lab] [--seeds 5] [--lives 1] [--out DIR] [--json]
+                            [--until 30s] [--after 15s] [--way up --way lab] [--seeds 5] [--lives 1] [--out DIR]
 
 ``up``: a process per peer, links shaped in the process. ``lab``: hosts of their own, kernel TCP, the WAN outside the
 program (needs root, see wan_lab). ``--trace``: hetero-system over again, with this Mahimahi trace between a and c. Only
