@@ -234,12 +234,12 @@ def run_all(specs: Iterable[Spec], data: Path, jobs: int, limit_s: float) -> Non
             line, error = done.stdout.strip(), done.stderr.strip()[-300:]
         except subprocess.TimeoutExpired:
             line, error = "", f"more than {limit_s:g} s"
-        if not line:
+        row = json.loads(line) if line else {"spec": asdict(spec), "failed": error.splitlines()[-1] if error else "?"}
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if row["failed"]:
             click.echo(f"FAILED {spec.key}: {error}", err=True)
             return
-        with RESULTS.open("a") as file:
-            file.write(line + "\n")
-        row = json.loads(line)
         click.echo(
             f"{spec.scenario} {spec.partition} {spec.strategy} seed {spec.seed} rate {spec.rate}: "
             f"{row['mean'][-1]:.4f} after {row['wall_s']} s",
@@ -255,7 +255,7 @@ def tuned() -> dict[str, float]:
     best: dict[str, tuple[float, float]] = {}
     for row in rows():
         spec = row["spec"]
-        if spec["seed"] == TUNE_SEED:
+        if spec["seed"] == TUNE_SEED and not row["failed"]:
             late = row["mean"][len(row["mean"]) // 2 :]
             best[spec["strategy"]] = max(best.get(spec["strategy"], (0.0, 0.0)), (sum(late) / len(late), spec["rate"]))
     return {strategy: rate for strategy, (_, rate) in best.items()}

@@ -217,6 +217,8 @@ def rates_text(rows: Rows, chosen: Mapping[str, float], seed: int) -> str:
 
 def write(rows: Rows, chosen: Mapping[str, float], about: Mapping[str, str], tune_seed: int, out: Path) -> None:
     """``out``: the folder of the results; the page lies beside it."""
+    broken = [row for row in rows if row["failed"]]
+    rows = [row for row in rows if not row["failed"]]
     games: dict[tuple[str, str, float], Rows] = {}
     for row in rows:
         spec = row["spec"]
@@ -230,7 +232,11 @@ def write(rows: Rows, chosen: Mapping[str, float], about: Mapping[str, str], tun
         draw(groups, out / picture)
         what = f" ({about[scenario]})" if about.get(scenario) else ""
         text.append(f"## {scenario}{what}, {partition}, {until_s:g} virtual seconds\n")
-        text.append(f"{table(groups)}\n\n{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
+        lost = [r for r in broken if (r["spec"]["scenario"], r["spec"]["partition"]) == (scenario, partition)]
+        failures = "".join(
+            f"Failed: {r['spec']['strategy']}, seed {r['spec']['seed']}: {r['failed']}\n\n" for r in lost
+        )
+        text.append(f"{table(groups)}\n\n{failures}{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
     text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
     text.append("## Every run\n\n| hash of all logs | spec |\n| --- | --- |")
     text += [f"| `{r['log_sha256'][:16]}` | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]

@@ -4,8 +4,10 @@ Ours. What it takes from others: updates weighed by batch share, a byte budget p
 per link, so that sent + residual = all updates and replicas cannot drift apart (as in Deep Gradient Compression, Lin et
 al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it together:
 
-- *Staleness costs more than imprecision.* A link is told all that it is owed, in the finest numbers that leave within
-  ``period_s``, else the largest entries; and it is told something whenever it can take something. Nobody waits.
+- *Rounding is done once.* A step is rounded for all; what rounding leaves goes into the next. A link that keeps up is
+  told the same bytes as all others, and needs no account.
+- *Staleness costs more than imprecision.* A link that does not keep up is told all that it is owed, in the finest
+  numbers that leave within ``period_s``, else the largest entries, whenever it can take something. Nobody waits.
 - *Speculation.* What a neighbour does reaches us late. Until then we assume that it moves as we do, in proportion to
   its speed, and take that back when its word of that time arrives. Own steps are kept for this, at most
   ``trust_steps`` of them: who is silent for longer is no longer guessed.
@@ -25,7 +27,7 @@ import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, compress, dense
 from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech, Timer, Update
-from dlion.exchange.owed import Owed, Piece
+from dlion.exchange.owed import Owed, Piece, exact
 from dlion.exchange.spread import Account, Spread
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat, add_scaled
@@ -36,6 +38,8 @@ LANE_S_PER_ENTRY = 16e-9
 """What a message costs the exchange lane per entry of the model: about four passes over it."""
 LANE_SHARE = 0.2
 """Most of a core that the messages of all links together may take."""
+ECHO_MAX = 32.0
+"""Most others, in our weighed steps, that one own step may stand for: a step of few samples says little about them."""
 SAVINGS_S = 1.0
 """How long a link may save up its allowance."""
 ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Encoding.I8, 4: Encoding.I4}
@@ -129,6 +133,7 @@ class Pride(Spread):
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
         self._size = ctx.layout.size
+        self._rest = np.zeros(self._size, dtype=np.float32)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         """Add the own step, and let the next one start: what there is to say of it is said at once, but after that."""
@@ -144,11 +149,17 @@ class Pride(Spread):
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, coverage)
-        piece = Piece(values, ctx.me, ctx.layout.size)
+        self._rest += values
+        block = dense(self._rest, self.ladder[0])
+        block.add_to(self._rest, -1.0)
+        self._owe(block, coverage, ctx)
+        yield Timer(ctx.now, "say")
+
+    def _owe(self, block: Block, coverage: tuple[Span, ...], ctx: Context) -> None:
+        piece = Piece(block, ctx.me, ctx.layout.size)
         for peer in ctx.routes.onward(None, ctx.cloud):
             if peer in ctx.links or peer in ctx.silent:
                 self._account(peer, ctx.cloud, ctx).add(piece, coverage)
-        yield Timer(ctx.now, "say")
 
     def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
         if not self._draining:
@@ -195,6 +206,9 @@ class Pride(Spread):
         self._draining = True
         while self._assumed:
             yield self._drop()
+        if self._rest.any():
+            self._owe(exact(self._rest), (), ctx)
+            self._rest = np.zeros_like(self._rest)
         yield from self._settle(ctx)
         yield from self._inherit(ctx)
         limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
@@ -202,14 +216,19 @@ class Pride(Spread):
         yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
         yield from self._later(ctx)
 
+    def owes(self, ctx: Context) -> bool:
+        return bool(self._rest.any()) or super().owes(ctx)
+
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
         heard = {peer: flat.copy() for peer, flat in self._heard.items()}
-        return {**super().state(), "heard": heard, **({"assumed": -assumed} if self._assumed else {})}
+        mine = {"heard": heard, "rest": self._rest.copy()}
+        return {**super().state(), **mine, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         """What was assumed is taken back as if of somebody who left."""
         super().restore(state, ctx)
+        self._rest = np.array(state["rest"], dtype=np.float32)
         self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
@@ -295,14 +314,14 @@ class Pride(Spread):
 
     def _factors(self, ctx: Context) -> dict[Account, float]:
         """What the others are assumed to do while we do one step, in our weighed steps, by whom we hear of it; all
-        together no more than makes a whole local step of ours."""
+        together no more than makes a whole local step of ours, nor than our samples can speak for."""
         mine, factors = ctx.members[ctx.me].samples_per_s, dict[Account, float]()
         if not self.speculation or not mine:
             return factors
         for peer, key in sorted(self._via.items()):
             if peer in ctx.members and ctx.now - self._heard_at[key] <= self.trust_steps * ctx.step_s:
                 factors[key] = factors.get(key, 0.0) + self.speculation * ctx.members[peer].samples_per_s / mine
-        most = max(1.0 / ctx.share - 1.0, 0.0)
+        most = min(max(1.0 / ctx.share - 1.0, 0.0), ECHO_MAX)
         scale = min(1.0, most / max(sum(factors.values()), most, 1e-9))
         return {key: scale * factor for key, factor in factors.items()}
 
