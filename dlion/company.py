@@ -71,6 +71,7 @@ class Company:
         self._settings = settings
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
+        self._last_refusal = ""
         self._seeking = True
         self._begun = False
         self._early: list[Heard] = []
@@ -106,7 +107,8 @@ class Company:
             missing = [peer for peer in wanted if not neighbours.connected(peer)]
             if len(missing) == len(wanted):
                 waited = f"within {self._settings.start_wait_s:g} s"
-                raise Alone(f"{self._me}: no peer reachable {waited}, tried {', '.join(missing)}") from None
+                tried = ", ".join(missing) + self._last_refusal
+                raise Alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
         neighbours.open_to_new = False
         for turn in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
             self._turn(turn)
@@ -213,6 +215,7 @@ class Company:
         self._aging = loop.call_later(patience_s + 1e-3, self.age)
 
     def refused(self, peer: PeerId, reason: str) -> None:
+        self._last_refusal = f"; refused: {reason[:REASON_CHARS_MAX]}"
         self._journal.refused(peer, reason)
 
     def refuse(self, peer: PeerId, reason: str) -> None:

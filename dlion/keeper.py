@@ -57,7 +57,7 @@ class Keeper:
         """Is it time, and ours to start?"""
         if not self._every_s or now < self._due_s:
             return False
-        self._due_s = now + self._every_s
+        self._due_s = max(self._due_s + self._every_s, now)
         return self.able and min(self._roster.live) == self._roster.me.peer
 
     def hand_over(self, part: Part | None) -> None:

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from dlion.compute import Compute
+from dlion.cut import name_of
 from dlion.exchange.base import Exchange
 from dlion.exchange.dlion import DLion
 from dlion.exchange.full import Full
@@ -173,7 +174,7 @@ def run(
     nodes: dict[str, Node] = {}
 
     def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
-        strategy = exchange()
+        strategy, added = exchange(), seams(peer) if seams else {}
         nodes[peer] = made = node(
             topology,
             peer,
@@ -185,7 +186,8 @@ def run(
             log=RunLog(digests[peer]),
             settings=NodeSettings(**{"until_s": until_s, **(settings or {})}),
             workload=workload(peer),
-            more=seams and seams(peer),
+            more=added,
+            identity={"cut": name_of(added["resume"].number)} if added.get("resume") else None,
             momentum=momentum,
         )
         if each is not None:

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from node_runs import RATE, Ran, Softmax, net, residual, run
 
-from dlion.cut import LAST_TURN, Part, first_of, life_of, name_of, pack, unpack
+from dlion.cut import LAST_TURN, Part, first_of, life_of, name_of, number_of, pack, unpack
 from dlion.exchange.full import Full
+from dlion.exchange.pride import Pride
 from dlion.learn.workload import Indices
+from dlion.messages import PeerId
 from dlion.node import Node
+from dlion.simulation import Death
 from dlion.tensors import Flat, disagreement
 
 PEERS = "a1 a2 | b1 b2"
@@ -107,7 +110,9 @@ def test_lockstep_goes_on_from_a_cut_bit_by_bit(cut_at_s: float) -> None:
         assert lines[0][step : step + count] == lines[1][:count]
 
 
-PUSHES = {peer: np.random.default_rng(list(peer.encode())).standard_normal(32) for peer in ("a1", "a2", "b1", "b2", "c1")}
+PUSHES = {
+    peer: np.random.default_rng(list(peer.encode())).standard_normal(32) for peer in ("a1", "a2", "b1", "b2", "c1")
+}
 
 
 class Push(Softmax):
@@ -139,6 +144,8 @@ FLIGHTS = [
     ("bridges", "bounded", Full),
     ("bridges", "free", Full),
     ("tree", "lockstep", Full),
+    ("mesh", "free", Pride),
+    ("bridges", "free", Pride),
 ]
 
 
@@ -170,3 +177,92 @@ def test_a_cut_in_full_flight_conserves_mass_and_replicas_agree(seed: int) -> No
 @pytest.mark.parametrize("seed", range(10, 210))
 def test_cuts_in_full_flight_over_many_seeds(seed: int) -> None:
     in_full_flight(seed)
+
+
+def test_marks_cost_a_run_nothing_but_their_own_bytes() -> None:
+    """In lockstep a run that takes checkpoints has the weights of one that takes none, bit by bit."""
+    kept, plain = Kept(), run(net(PEERS), until_s=3.0)
+    with_cuts = kept_run(kept, until_s=3.0, settings={"checkpoint_every_s": 0.4})
+    assert len(kept.whole(4)) >= 3
+    assert plain.result.steps == with_cuts.result.steps
+    for peer, weights in plain.replicas.items():
+        assert np.array_equal(weights, with_cuts.replicas[peer])
+
+
+def test_the_lowest_peer_starts_one_cut_a_period_and_all_have_every_one() -> None:
+    kept = Kept()
+    kept_run(kept, until_s=5.5, settings={"checkpoint_every_s": 1.0})
+    numbers = kept.whole(4)
+    assert numbers == sorted(kept.cuts), "somebody lacks a part"
+    assert [name_of(number) for number in numbers] == ["0.1", "0.2", "0.3", "0.4", "0.end"]
+    times = [kept.cuts[number]["b2"].t for number in numbers[:-1]]
+    assert np.allclose(np.diff(times), 1.0, atol=0.1)
+
+
+def test_what_has_drained_holds_nothing_under_way_and_goes_on_bit_by_bit() -> None:
+    """A run of 2 s and one of 4 s that goes on from its end, against one of 4 s at a go."""
+    (at_a_go, make), kept = watched(), Kept()
+    kept_run(Kept(), until_s=4.0, momentum=0.9, workload=make)
+    kept_run(kept, until_s=2.0, momentum=0.9)
+    (number,) = kept.whole(4)
+    parts = kept.cuts[number]
+    assert name_of(number) == "0.end" and len({part.step for part in parts.values()}) == 1
+    assert not any(part.heard or part.under_way for part in parts.values())
+    assert len({part.weights.tobytes() for part in parts.values()}) == 1
+    resumed, make = watched()
+    kept_run(kept, number, until_s=4.0, momentum=0.9, workload=make, start_s=parts["a1"].t)
+    step = parts["a1"].step
+    for peer, seen in resumed.items():
+        common = min(len(seen.seen), len(at_a_go[peer].seen) - step)
+        assert common > 10
+        assert seen.seen[:common] == at_a_go[peer].seen[step : step + common]
+
+
+def test_two_who_start_at_once_start_one_cut() -> None:
+    def each(node: Node) -> None:
+        begin = node.company.begin
+
+        def begun() -> None:
+            begin()
+            if node.me in ("a1", "b2"):
+                node._loop.call_at(1.2, node.checkpoint)
+
+        node.company.begin = begun  # type: ignore[method-assign]
+
+    kept = Kept()
+    kept_run(kept, until_s=2.5, each=each)
+    assert [name_of(number) for number in kept.whole(4)] == ["0.1", "0.end"]
+
+
+def test_no_cut_without_everybody_and_one_that_somebody_dies_in_is_given_up() -> None:
+    """b2 dies when the second cut has just begun: it becomes nobody's checkpoint, the log says why, and none follows."""
+    kept = Kept()
+    death = Death(PeerId("b2"), 5.1)
+    ran = kept_run(kept, topology=net(PEERS, delay_s=0.3), until_s=12.0, each=at(3.0, 5.0, 9.0), deaths=[death])
+    assert [name_of(number) for number in kept.cuts] == ["0.1"] and kept.whole(4)
+    given_up = [e["reason"] for e in ran.events("a1", "refuse") if "given up" in e["reason"]]
+    assert len(given_up) == 1 and "b2" in given_up[0]
+    assert min(ran.result.steps[PeerId(peer)] for peer in ran.replicas) > 20, "training went on"
+
+
+def test_peers_that_go_on_from_unequal_cuts_refuse_each_other() -> None:
+    kept = Kept()
+    kept_run(kept, until_s=3.2, settings={"checkpoint_every_s": 1.0})
+    older, newer = kept.whole(4)[:2]
+    halves = {peer: kept.cuts[newer if peer[0] == "a" else older][peer] for peer in kept.cuts[newer]}
+    ran = kept_run(Kept({7: halves}), 7, until_s=4.0, settings={"start_wait_s": 2.0})
+    (reason, *_) = [e["reason"] for e in ran.events("a1", "refuse") if e["peer"] == "b2"]
+    assert "'0.1'" in reason and "'0.2'" in reason and "--cut" in reason
+
+
+def test_numbers_and_names() -> None:
+    assert [name_of(first_of(3) + turn) for turn in (1, 2, LAST_TURN)] == ["3.1", "3.2", "3.end"]
+    assert all(number_of(name_of(n)) == n for n in (1, 5, first_of(2) + 1, first_of(2) + LAST_TURN))
+    assert life_of(number_of("4.17")) == 4
+    with pytest.raises(ValueError, match=r"expected a name such as 0\.3"):
+        number_of("newest")
+
+
+def test_a_state_that_cannot_be_saved_says_where() -> None:
+    with pytest.raises(TypeError, match=r"state /trainer/workload: a object cannot be saved"):
+        pack({"trainer": {"workload": object()}})
