@@ -112,22 +112,31 @@ def test_sent_and_owed_together_are_what_was_added(events: list[tuple[int, int]]
 def test_messages_keep_to_the_budget_of_their_link_and_the_minimum_n() -> None:
     layout = Layout(("w",), ((4000,),))
     bench = Bench(EVERYTHING, 2, layout=layout, pace="free")
-    bench.rates_bps["a", "b"] = 8 * 2000 / 0.1
+    bench.rates_bps["a", "b"], bench.windows["a", "b"] = 8 * 2000 / 0.1, 1
     bench.step("a", learn)
     ((_, body),) = bench.flying[PeerId("a"), PeerId("b")][1]
     assert 0.8 * 2000 <= len(body) <= 2000
     starved = Bench(partial(DLion, transfer="off", n_min=50.0), 2, layout=layout, pace="free")
-    starved.rates_bps["a", "b"] = 8 * 10 / 0.1
+    starved.rates_bps["a", "b"], starved.windows["a", "b"] = 8 * 10 / 0.1, 1
     starved.step("a", learn)
     ((_, body),) = starved.flying[PeerId("a"), PeerId("b")][1]
     assert len(body) > 500
+
+
+def test_a_link_that_takes_more_than_its_measured_rate_is_offered_more() -> None:
+    """Else a rate that was first measured too low would stay so for ever."""
+    bench = Bench(EVERYTHING, 2, layout=Layout(("w",), ((4000,),)), pace="free")
+    bench.rates_bps["a", "b"], bench.windows["a", "b"] = 8 * 2000 / 0.1, 6000
+    bench.step("a", learn)
+    ((_, body),) = bench.flying[PeerId("a"), PeerId("b")][1]
+    assert 0.8 * 6000 <= len(body) <= 6000
 
 
 def test_without_residual_the_rest_is_dropped_and_with_it_kept() -> None:
     layout = Layout(("w",), ((4000,),))
     for residual in (False, True):
         bench = Bench(partial(DLion, transfer="off", residual=residual), 2, layout=layout, pace="free")
-        bench.rates_bps["a", "b"] = 8 * 2000 / 0.1
+        bench.rates_bps["a", "b"], bench.windows["a", "b"] = 8 * 2000 / 0.1, 1
         bench.step("a", learn)
         (owed,) = bench.seats[PeerId("a")].exchange.state()["owed"].values()
         assert (owed["sum"] is not None) is residual
@@ -211,7 +220,7 @@ def test_dlion_says_this() -> None:
     """Two updates of a wait for the link to b and go out as one sum; c, behind a narrow link, gets the largest few."""
     bench = Bench(EVERYTHING, 3, layout=Layout(("w",), ((200,),)), pace="free")
     bench.windows["a", "b"] = 0
-    bench.rates_bps["a", "c"] = 8 * 200 / 0.1
+    bench.rates_bps["a", "c"], bench.windows["a", "c"] = 8 * 200 / 0.1, 200
     bench.step("a", learn)
     bench.step("a", learn)
     bench.open("a", "b")

@@ -146,8 +146,9 @@ class Budget:
         return block or sparse(spectrum.array, np.empty(0, dtype=np.intp))
 
     def bytes(self, link: LinkView, ctx: Context) -> int:
-        """BW_ij / Iter_i; before the first measurement what the link can take, and 0 where N is fixed."""
-        return 0 if self.n_fixed else int(link.rate_bps * ctx.step_s / 8) or link.writable_bytes
+        """BW_ij / Iter_i, or what the link takes now if that is more: a rate that is never exceeded is never found to
+        be too low. 0 where N is fixed."""
+        return 0 if self.n_fixed else max(int(link.rate_bps * ctx.step_s / 8), link.writable_bytes)
 
 
 class Transfer:
