@@ -21,6 +21,7 @@ from dlion.observe.runlog import Event, RunLog
 VOID_ABOVE = 0.02
 """A run whose machine missed the modelled pace by more than this share says nothing about time."""
 REASON_CHARS_MAX = 300
+LAGS_PER_EVENT = 10
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Journal:
         self._topology = topology
         self._log = log
         self._now = now
+        self._lags = 0
 
     def write(self, event: Event) -> None:
         self._log.write(event)
@@ -92,6 +94,13 @@ class Journal:
                     wan=wan,
                 )
             )
+
+    def late(self, seconds: float) -> None:
+        """The loop was that late for its period; told now and then, and never where a clock cannot be late."""
+        self.meter.lag(seconds)
+        self._lags += 1
+        if self._lags % LAGS_PER_EVENT == 0 and (p99 := self.meter.lag_p99_s) > 0:
+            self._log.write(runlog.Lag(t=self._now(), p99=round(p99, 6)))
 
     def member(self, peer: PeerId, state: str, why: str, incarnation: int = 0) -> None:
         why = why[:REASON_CHARS_MAX]

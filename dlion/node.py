@@ -343,7 +343,7 @@ class Node:
             due = max(due + s.status_every_s, self._loop.time())
             await asyncio.sleep(due - self._loop.time())
             lag_s = max(0.0, self._loop.time() - due)
-            self.meter.lag(lag_s)
+            self.journal.late(lag_s)
             self._gossip()
             self.company.age(lag_s)
             if self.state == "training":

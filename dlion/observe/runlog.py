@@ -161,7 +161,7 @@ class Eval(Event, frozen=True, gc=False, kw_only=True):
 
 
 class Lag(Event, frozen=True, gc=False, kw_only=True):
-    """Lateness of the event loop in seconds, 99th percentile since the last such event. Never in virtual time."""
+    """Lateness of the event loop in seconds, 99th percentile over the last periods. Never in virtual time."""
 
     p99: float
 
