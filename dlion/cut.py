@@ -1,10 +1,13 @@
 """Consistent cuts: what every peer of a run holds at moments that fit together, taken while all of them go on.
 
 Source: Chandy & Lamport, "Distributed Snapshots: Determining Global States of Distributed Systems", TOCS 1985. A peer
-that starts a cut, or hears of it first through a mark, saves its own state and at once says a mark on every stream of
-every link. What it hears afterwards on a stream, up to the mark there, was under way during the cut and belongs to it.
-Streams are in order, so all parts together are a state in which the whole run could have been. A restored run begins
-new sessions, and every peer first hears again what its part holds; no cursor and no unacknowledged byte is saved.
+that starts a cut, or hears of it first through a mark, saves its own state and at once says a mark on every link. What
+it hears afterwards on that link, up to the mark, was under way during the cut and belongs to it. Links are in order, so
+all parts together are a state in which the whole run could have been. A restored run begins new sessions, and every
+peer first hears again what its part holds; no cursor and no unacknowledged byte is saved.
+
+A link has three streams, each in order for itself. The mark is said on CONTROL and on UPDATE. On BULK it could wait for
+ever behind updates; so it says how many bulk messages came before it, and no later one can overtake it.
 
 Law: pure; no clock, no file, no node. A cut is numbered by the life of the run and by its turn in it; two peers that
 start the same number at once start one cut. A newer cut ends an older one.
@@ -14,9 +17,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +33,8 @@ from dlion.messages import Message, PeerId, Span, Stream
 from dlion.tensors import Flat
 
 MARK = "~mark"
-MARK_FIELDS: Mapping[str, type] = {"cut": int}
+MARK_FIELDS: Mapping[str, type] = {"cut": int, "bulk": int}
+MARKED = (Stream.CONTROL, Stream.UPDATE)
 OPEN_S_MAX = 60.0
 """A cut whose marks have not all come by then is given up; the next one will do."""
 _TURN_BITS = 20
@@ -96,25 +102,53 @@ class Part:
 class Cuts:
     """The cut that is open at one peer, if any. ``newest``: the highest number seen in this life."""
 
-    def __init__(self, life: int = 0) -> None:
-        self.newest = first_of(life)
+    def __init__(self) -> None:
+        self.newest = 0
         self.part: Part | None = None
         self._awaited: set[tuple[PeerId, int]] = set()
+        self._bulk_said: Counter[PeerId] = Counter()
+        self._bulk_heard: Counter[PeerId] = Counter()
+        self._bulk_due: dict[PeerId, int] = {}
 
-    def known(self, number: int) -> bool:
-        """Was this cut taken here, or is it older than one that was?"""
-        return number <= self.newest
+    @property
+    def last(self) -> int:
+        """Number of the cut that ends this life."""
+        return first_of(life_of(self.newest)) + LAST_TURN
 
     def begin(self, part: Part, links: Iterable[PeerId]) -> None:
         """Our own state is saved; from now on what comes from ``links`` is recorded, until their marks."""
         self.newest = part.number
         self.part = part
         self._awaited = {(peer, int(stream)) for peer in links for stream in Stream}
+        self._bulk_due = {}
 
-    def mark(self, number: int, hop: PeerId, stream: int) -> None:
-        """``hop`` has said all on ``stream`` that it said before its own part."""
+    def marks(self, links: Iterable[PeerId], me: PeerId) -> Iterator[tuple[PeerId, Message]]:
+        """What to say to each of them, at once."""
+        for peer, stream in product(links, MARKED):
+            fields = {"cut": self.newest, "bulk": self._bulk_said[peer]}
+            yield peer, Message(MARK, fields=fields, stream=stream, origin=me)
+
+    def mark(self, number: int, hop: PeerId, stream: int, bulk: int) -> None:
+        """``hop`` has said all on ``stream`` that it said before its own part, and ``bulk`` messages on BULK."""
         if self.part is not None and self.part.number == number:
             self._awaited.discard((hop, stream))
+            self._bulk_due[hop] = bulk
+            self._settle_bulk(hop)
+
+    def said(self, to: Iterable[PeerId], stream: int) -> None:
+        """A message goes out."""
+        if stream == Stream.BULK:
+            self._bulk_said.update(to)
+
+    def count(self, hop: PeerId, stream: int) -> None:
+        """A message was dealt with."""
+        if stream == Stream.BULK:
+            self._bulk_heard[hop] += 1
+            self._settle_bulk(hop)
+
+    def _settle_bulk(self, hop: PeerId) -> None:
+        if self._bulk_heard[hop] >= self._bulk_due.get(hop, sys.maxsize):
+            self._awaited.discard((hop, int(Stream.BULK)))
 
     def hear(self, hop: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         """A message of the strategy's; recorded if it was said before the cut."""

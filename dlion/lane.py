@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dlion.blocks import Block
-from dlion.cut import LAST_TURN, MARK, Cuts, Part, first_of, life_of
+from dlion.cut import MARK, Cuts, Part, first_of, life_of
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
 from dlion.messages import Message, PeerId, Stream
 from dlion.observe.runlog import Apply, Event, Refuse
@@ -191,6 +191,7 @@ class Replica:
         match item:
             case Heard():
                 self._hear(item, outcome)
+                self._cuts.count(item.hop, item.stream)
             case Update():
                 self._check(item)
                 self._hand_over(item)
@@ -213,8 +214,7 @@ class Replica:
                 outcome.events.extend(item.observer(exchange.view(ctx.weights), ctx.weights))
             case TakeCut():
                 if item.last or self._cuts.part is None:
-                    life = life_of(self._cuts.newest)
-                    self._cut(first_of(life) + LAST_TURN if item.last else self._cuts.newest + 1, outcome)
+                    self._cut(self._cuts.last if item.last else self._cuts.newest + 1, outcome)
             case Resume():
                 self._resume(item.part, outcome)
 
@@ -281,6 +281,7 @@ class Replica:
         for peer in action.to:
             if (link := self.ctx.links.get(peer)) is not None and message.stream is not Stream.CONTROL:
                 link.writable_bytes = max(0, link.writable_bytes - len(body))
+        self._cuts.said(action.to, message.stream)
         outcome.sends.append(Spoken(action.to, body, message, action.budgets_bytes))
         outcome.scanned += sum(block.scanned for block in message.blocks)
 
@@ -342,14 +343,14 @@ class Replica:
             return
         if item.hop in self.ctx.links and number > self._cuts.newest:
             self._cut(number, outcome)
-        self._cuts.mark(number, item.hop, item.stream)
+        self._cuts.mark(number, item.hop, item.stream, int(message.fields["bulk"]))
 
     def _cut(self, number: int, outcome: Outcome) -> None:
-        """Save our part as it is between two items, and say so on every stream of every link.
+        """Save our part as it is between two items, and say so on every link.
 
         The trainer is at rest while the mutex is ours and no step is under way; else its state waits for that step.
         """
-        ctx, last = self.ctx, number & LAST_TURN == LAST_TURN
+        ctx, last = self.ctx, number == self._cuts.last
         with self._mutex:
             weights = self._weights.copy()
             trainer = None if self._stepping and not last else self._trainer_state()
@@ -365,9 +366,8 @@ class Replica:
         links = () if last else tuple(ctx.links)
         self._cuts.begin(Part(number, ctx.now, weights, state, ctx.step, self._samples, trainer), links)
         outcome.scanned += 2 * weights.size + self.exchange.state_bytes // 2
-        for stream in Stream if links else ():
-            mark = Message(MARK, fields={"cut": number}, stream=stream, origin=ctx.me)
-            outcome.sends.append(Spoken(links, encode(mark), mark, ()))
+        for peer, mark in self._cuts.marks(links, ctx.me):
+            outcome.sends.append(Spoken((peer,), encode(mark), mark, ()))
 
     def _hand_over(self, update: Update) -> None:
         """The step that was under way during a cut is done, and the trainer rests until we have taken its update."""
@@ -391,7 +391,7 @@ class Replica:
         self._once.restore(state["once"])
         if self._staged is not None:
             self._staged = list(state["staged"])
-        self._cuts = Cuts(life_of(part.number) + 1)
+        self._cuts.newest = first_of(life_of(part.number) + 1)
         self._perform([Timer(at, key) for key, at in state["timers"].items()], outcome)
         for said in part.heard:
             self._hear(Heard(*said), outcome)

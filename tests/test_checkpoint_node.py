@@ -156,10 +156,11 @@ def in_full_flight(seed: int) -> None:
     speeds = dict(zip(PEERS.replace("|", "").split(), rng.uniform(40, 200, 4), strict=True))
     topology = net("a1 a2 | b1 | b2", talk, mbps=rng.uniform(0.02, 0.2), delay_s=rng.uniform(0.0, 0.2), speeds=speeds)
     kept, common = Kept(), {"topology": topology, "exchange": exchange, "pace": pace, "workload": Push, "seed": seed}
-    kept_run(kept, until_s=3.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
+    kept_run(kept, until_s=8.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
     (number,) = kept.whole(4)
     parts = kept.cuts[number]
-    after = kept_run(kept, number, until_s=4.5, start_s=parts["a1"].t, settings={"drain_s": 60.0}, **common)
+    until_s = max(part.t for part in parts.values()) + 2.0
+    after = kept_run(kept, number, until_s=until_s, start_s=parts["a1"].t, settings={"drain_s": 60.0}, **common)
     assert disagreement(after.result.replicas) <= 1e-5
     steps = {str(peer): count for peer, count in after.result.steps.items()}
     assert all(steps[peer] > part.step > 0 for peer, part in parts.items())
