@@ -173,19 +173,24 @@ def test_checkpoints_of_another_job_are_refused_with_the_way_out(tmp_path: Path)
     with pytest.raises(Fault) as fault:
         newest_common(other, tmp_path, other.peers)
     assert fault.value.code == 78 and "--fresh" in fault.value.advice
-    keeping(tmp_path, "a1", Start(fresh=True))
-    assert not store_of(plan(), tmp_path, "a1").paths(), "--fresh sets the old ones aside"
-    assert list((tmp_path / FOLDER / "a1").glob("aside-*"))
+    keeper = keeping(tmp_path, "a1", Start(fresh=True))
+    assert keeper.part is None and store_of(plan(), tmp_path, "a1").paths(), "nothing is touched before it is replaced"
+    keeper(replace(cut_in_flight()["a1"], number=1))
+    keeper.close()
+    assert len(store_of(plan(), tmp_path, "a1").paths()) == 1 == len(list((tmp_path / FOLDER / "a1").glob("aside-*")))
 
 
 def test_what_is_newer_than_the_cut_gone_on_from_is_set_aside(tmp_path: Path) -> None:
     """Or a number could be used twice: half of a cut of the old course beside half of one of the new."""
-    write(tmp_path, cut_in_flight(), 1, 2, 3)
-    assert keeping(tmp_path, "a1", Start("0.2")).part is not None
+    parts = cut_in_flight()
+    write(tmp_path, parts, 1, 2, 3)
+    keeper = keeping(tmp_path, "a1", Start("0.2"))
+    keeper(replace(parts["a1"], number=number_of("1.1")))
+    keeper.close()
     store = store_of(plan(), tmp_path, "a1")
-    assert sorted(cuts_of(store)) == [1, 2]
+    assert [name_of(number) for number in cuts_of(store)] == ["0.1", "0.2", "1.1"]
     set_aside(store, None)
-    assert not cuts_of(store) and len(list(store.directory.glob("aside-*"))) == 2, "asides do not pile up"
+    assert not cuts_of(store) and len(list(store.directory.glob("aside-*"))) == 3, "asides do not pile up"
 
 
 def test_a_disk_that_refuses_is_told_of_and_the_next_checkpoint_is_written(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def in_full_flight(seed: int) -> None:
     speeds = dict(zip(PEERS.replace("|", "").split(), rng.uniform(40, 200, 4), strict=True))
     topology = net("a1 a2 | b1 | b2", talk, mbps=rng.uniform(0.02, 0.2), delay_s=rng.uniform(0.0, 0.2), speeds=speeds)
     kept, common = Kept(), {"topology": topology, "exchange": exchange, "pace": pace, "workload": Push, "seed": seed}
-    kept_run(kept, until_s=8.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
+    kept_run(kept, until_s=12.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
     (number,) = kept.whole(4)
     parts = kept.cuts[number]
     until_s = max(part.t for part in parts.values()) + 2.0

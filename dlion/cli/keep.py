@@ -83,7 +83,8 @@ class Keeping:
         self._lock = Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dlion-checkpoint")
         self.part = None if start.fresh else self._found(start.cut)
-        set_aside(self.store, None if self.part is None else self.part.number)
+        self._begun = False
+        """Something was written in this life: what an earlier course left is set aside, and not before."""
 
     @property
     def notice(self) -> str:
@@ -111,8 +112,11 @@ class Keeping:
         if part is None:
             return
         try:
+            if not self._begun:
+                set_aside(self.store, None if self.part is None else self.part.number)
             path = self.store.write(to_checkpoint(part, self._layout, self._meta))
-        except (CheckpointFailed, TypeError, ValueError) as error:
+            self._begun = True
+        except (CheckpointFailed, OSError, TypeError, ValueError) as error:
             self.trouble = f"checkpoint {name_of(part.number)}: {error}"
             event: Refuse | Snapshot = Refuse(t=part.t, peer=self._peer, reason=self.trouble)
         else:
