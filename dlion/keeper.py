@@ -27,6 +27,9 @@ class Keeper:
         self._membership = membership
         self._batcher = learner.batcher
         self._others = 0
+        start = learner.trainer.workload.initial(seams.seed).flat  # resets the workload: so it comes before restoring
+        self.weights: Flat = (start if self.resume is None else self.resume.weights).copy()
+        """To begin with; the caller's own."""
         if self.resume is not None:
             assert self.resume.trainer is not None
             learner.trainer.restore(self.resume.trainer)
@@ -38,10 +41,6 @@ class Keeper:
     def begun(self) -> tuple[int, int]:
         """Own steps and samples done before."""
         return (0, 0) if self.resume is None else (self.resume.step, self.resume.samples)
-
-    def weights(self, initial: Flat) -> Flat:
-        """A copy of those to begin with."""
-        return (initial if self.resume is None else self.resume.weights).copy()
 
     def others(self) -> int:
         """Samples that the others have processed, as far as was ever heard."""

@@ -73,7 +73,7 @@ class Node:
         self.membership, self.neighbours = self.company.membership, self.company.neighbours
         self.keeper = Keeper(seams, s.checkpoint_every_s, self.membership, learner)
         self.step, self.meter.samples = self.keeper.begun
-        weights = self.keeper.weights(workload.initial(seams.seed).flat)
+        weights = self.keeper.weights
         readonly = weights.view()
         readonly.flags.writeable = False
         self.ctx = Context(
