@@ -234,7 +234,8 @@ def run_all(specs: Iterable[Spec], data: Path, jobs: int, limit_s: float) -> Non
             line, error = done.stdout.strip(), done.stderr.strip()[-300:]
         except subprocess.TimeoutExpired:
             line, error = "", f"more than {limit_s:g} s"
-        row = json.loads(line) if line else {"spec": asdict(spec), "failed": error.splitlines()[-1] if error else "?"}
+        why = error.splitlines()[-1] if error else "no word of why"
+        row: dict[str, Any] = json.loads(line) if line else {"spec": asdict(spec), "failed": why}
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if row["failed"]:

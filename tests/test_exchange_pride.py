@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from dlion.cli.build import Plan, exchange_of
 from dlion.cli.simulate import Played, play
 from dlion.config import ConfigError, load_job, load_topology
-from dlion.exchange.pride import SAVINGS_S, Allowance, Pride
+from dlion.exchange.base import Add, Update
+from dlion.exchange.pride import ECHO_MAX, SAVINGS_S, Allowance, Pride
 from dlion.mesh.topology import Speed, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
@@ -101,6 +102,22 @@ def test_who_was_heard_is_assumed_to_move_on_until_it_is_heard_again() -> None:
     for seat in (a, b):
         np.testing.assert_allclose(seat.view - start, 2.0, atol=1e-2)
         np.testing.assert_allclose(seat.weights, seat.view, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "others"), [(1, ECHO_MAX), (64, 9.0), (320, 1.0)])
+def test_a_step_stands_for_what_others_do_meanwhile_and_no_more_than_its_samples_can(batch: int, others: float) -> None:
+    """Of 640 samples. A whole local step on one sample would be mostly noise: with momentum it diverged."""
+    bench = Bench(Pride, 2, layout=LAYOUT, batches={"a": batch, "b": 640 - batch})
+    bench.step("b", unit)
+    while bench.fire(bench.now):
+        pass
+    bench.deliver_all()
+    ctx, pride = bench.seats[A].ctx, bench.seats[A].exchange
+    ctx.members = {p: replace(m, samples_per_s=float(m.batch)) for p, m in ctx.members.items()}
+    assert isinstance(pride, Pride)
+    step = next(iter(pride.after_step(Update(0, np.ones(700, dtype=np.float32), 1.0, batch, 0.1, 0.1), ctx)))
+    assert isinstance(step, Add)
+    assert step.scale == pytest.approx(1.0 + others)
 
 
 def test_of_the_silent_nothing_is_assumed_for_long() -> None:
