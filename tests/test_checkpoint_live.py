@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from test_checkpoint_node import PEERS, Kept, at, kept_run
 
 from dlion import checkpoint
-from dlion.cli.build import Plan
+from dlion.cli.build import Plan, node_of, workload_of
 from dlion.cli.errors import Fault
 from dlion.cli.keep import (
     FOLDER,
@@ -30,15 +30,21 @@ from dlion.cli.keep import (
     cuts_of,
     from_checkpoint,
     newest_common,
+    parts_of,
     set_aside,
     store_of,
     to_checkpoint,
 )
+from dlion.cli.simulate import play
+from dlion.compute import Compute
 from dlion.config import load_job, load_topology
 from dlion.cut import Part, name_of, number_of, pack
 from dlion.messages import PeerId
+from dlion.net.link import Dialer
+from dlion.node import Node, Seams
 from dlion.observe.read import read_directory
 from dlion.observe.runlog import Memory, RunLog, Step
+from dlion.simulation import simulate
 
 TWO = '[clouds]\nx.members = ["x1"]\ny.members = ["y1"]\n[[wan]]\nbetween = ["x", "y"]\nbandwidth = "50Mbit"\n'
 EVERY_S = 1.0
@@ -209,3 +215,39 @@ def test_a_disk_that_refuses_is_told_of_and_the_next_checkpoint_is_written(tmp_p
     refuse, snapshot = (json.loads(line) for line in memory.data.splitlines())
     assert "checkpoint 0.1" in refuse["reason"]
     assert (tmp_path / snapshot["path"] / "manifest.json").exists() and snapshot["step"] == parts["a1"].step
+
+
+def test_simulate_goes_on_from_what_lies_on_the_disk(tmp_path: Path) -> None:
+    """From plan to files and back: as many steps and the same bits as a run at a go, learning rate by schedule."""
+    rates = {"train.schedule": "cosine", "train.decay_samples": 1_000_000}
+    flags = {
+        "exchange.name": "full",
+        "batching.mode": "fixed",
+        "job.until": "2s",
+        "train.momentum": 0.9,
+        "train.batch": 8,
+        **rates,
+    }
+    short = Plan(load_job("toy", flags), net(PEERS), "test")
+    keepers: list[Keeping] = []
+
+    def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
+        workload = workload_of(short, peer)
+        keepers.append(Keeping(short, peer, tmp_path, workload.layout, Start()))
+        return node_of(short, peer, Seams(dialer, compute, 0, RunLog(Memory()), keep=keepers[-1]), workload=workload)
+
+    simulate(short.topology, make)
+    for keeper in keepers:
+        keeper.close()
+    parts = parts_of(short, tmp_path)
+    assert {name_of(part.number) for part in parts.values()} == {"0.end"} and parts["a1"].t == pytest.approx(2, abs=0.6)
+    whole = Plan(load_job("toy", {**flags, "job.until": "4s"}), net(PEERS), "test")
+    resumed, at_a_go = play(whole, parts=parts), play(whole)
+    assert resumed.run.peers["a1"][Step]["n"][0] == parts["a1"].step
+    for peer, log in resumed.run.peers.items():
+        steps, reference = log[Step], at_a_go.run.peers[peer][Step]
+        common = min(steps["n"][-1], reference["n"][-1])
+        mine, theirs = steps["n"] <= common, (reference["n"] >= steps["n"][0]) & (reference["n"] <= common)
+        assert mine.sum() > 10 and np.array_equal(steps["position"][mine], reference["position"][theirs])
+        np.testing.assert_allclose(steps["loss"][mine], reference["loss"][theirs], rtol=1e-5)
+        np.testing.assert_allclose(steps["lr"][mine], reference["lr"][theirs], rtol=1e-3)

@@ -27,6 +27,8 @@ from dlion.tensors import Layout, Tensors
 
 FOLDER = "checkpoints"
 ASIDE = "aside-"
+STATE_FORMAT = 1
+"""Raise it whenever a strategy, the lane or a part saves something else: older checkpoints are then refused by name."""
 _TEXT = "state"
 
 
@@ -78,7 +80,7 @@ class Keeping:
         """Name of the last that was."""
         self.log: RunLog | None = None
         self._peer, self._layout = peer, layout
-        self._meta = {"peer": peer, **expected(plan)}
+        self._meta: dict[str, str | int] = {"peer": peer, **expected(plan)}
         self._waiting: Part | None = None
         self._lock = Lock()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="dlion-checkpoint")
@@ -142,9 +144,18 @@ class Keeping:
         return None
 
 
-def expected(plan: Plan) -> dict[str, str]:
+def parts_of(plan: Plan, out: Path) -> dict[str, Part]:
+    """All peers' parts of the newest cut that they have in common; raises Fault when there is none."""
+    common = newest_common(plan, out, plan.peers)
+    if not common.number:
+        raise Fault(CONFIGURATION, "no checkpoint that all peers have", str(out / FOLDER))
+    paths = {peer: cuts_of(store_of(plan, out, peer))[common.number] for peer in plan.peers}
+    return {peer: from_checkpoint(checkpoint.load(path)) for peer, path in paths.items()}
+
+
+def expected(plan: Plan) -> dict[str, str | int]:
     """What a checkpoint must agree on with the run that goes on from it."""
-    return {"run": plan.run, "job": job_hash(plan.job)[:16]}
+    return {"run": plan.run, "job": job_hash(plan.job)[:16], "state_format": STATE_FORMAT}
 
 
 def cuts_of(store: CheckpointStore) -> dict[int, Path]:
@@ -152,7 +163,7 @@ def cuts_of(store: CheckpointStore) -> dict[int, Path]:
     return {entry.meta["cut"]: entry.path for entry in store.entries() if not entry.damage and "cut" in entry.meta}
 
 
-def check_job(store: CheckpointStore, job: str) -> None:
+def check_job(store: CheckpointStore, job: str | int) -> None:
     """Raises Fault when the checkpoints are of another job: neither going on nor starting over would be meant."""
     for entry in store.entries():
         if not entry.damage and entry.meta.get("job") != job:

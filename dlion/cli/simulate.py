@@ -17,10 +17,12 @@ import msgspec
 import numpy as np
 
 from dlion.cli.build import Plan, node_of, workload_of
+from dlion.cli.keep import parts_of
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
 from dlion.cli.show import show_summary
 from dlion.compute import Compute
+from dlion.cut import Part
 from dlion.learn.workload import Workload
 from dlion.mesh.presence import departures
 from dlion.messages import PeerId
@@ -69,11 +71,19 @@ class Played:
     """What each peer that lived to the end would save and serve."""
 
 
-def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None) -> Played:
-    """Simulate ``plan``; peers whose presence ends are among the dead. ``settings``: in place of the job's.
+def play(
+    plan: Plan,
+    deaths: tuple[Death, ...] = (),
+    settings: NodeSettings | None = None,
+    parts: Mapping[str, Part] | None = None,
+) -> Played:
+    """Simulate ``plan``; peers whose presence ends are among the dead. ``settings``: in place of the job's. ``parts``:
+    of the checkpoint to go on from.
 
     The summary's hash covers every line of every peer's log.
     """
+    parts = parts or {}
+    start_s = min((part.t for part in parts.values()), default=0.0)
     started = time.perf_counter()
     job = plan.job
     memories = {peer: Memory() for peer in plan.peers}
@@ -82,11 +92,11 @@ def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | No
     def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
         workload = workload_of(plan, peer)
         observer = Evaluator(workload, job.evaluate.samples or None)
-        seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer)
+        seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
         return node_of(plan, peer, seams, workload=workload, settings=settings)
 
     leaving = departures(plan.topology, job.job.until_s)
-    result = simulate(plan.topology, make, (*deaths, *itertools.starmap(Death, leaving.items())))
+    result = simulate(plan.topology, make, (*deaths, *itertools.starmap(Death, leaving.items())), start_s=start_s)
     logs = {peer: memory.data for peer, memory in memories.items()}
     run = read.from_memory(plan.run, logs)
     summary = summarise(
@@ -100,10 +110,14 @@ def play(plan: Plan, deaths: tuple[Death, ...] = (), settings: NodeSettings | No
 
 
 def run_simulation(
-    plan: Plan, out: Path | None = None, deaths: tuple[Death, ...] = (), settings: NodeSettings | None = None
+    plan: Plan,
+    out: Path | None = None,
+    deaths: tuple[Death, ...] = (),
+    settings: NodeSettings | None = None,
+    parts: Mapping[str, Part] | None = None,
 ) -> Summary:
     """``play``; plan, logs and summary go to ``out`` if given, in place of an earlier run's."""
-    played = play(plan, deaths, settings)
+    played = play(plan, deaths, settings, parts)
     if out is not None:
         write_run(plan, played, out)
     return played.summary
@@ -128,8 +142,13 @@ def parse_death(text: str) -> Death:
 
 @click.command()
 @run_options
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Go on from the newest checkpoint that all peers of a run of `dlion up` have in this directory.",
+)
 @click.option("--kill", "kills", multiple=True, metavar="PEER@SECONDS", help="That peer vanishes at that time.")
-def command(kills: tuple[str, ...], **options: Any) -> None:
+def command(kills: tuple[str, ...], resume: Path | None, **options: Any) -> None:
     """Run every peer of a topology in one process, in virtual time.
 
     The same node, strategy, session and links as a live run; gradients are real, durations are modelled.
@@ -139,5 +158,6 @@ def command(kills: tuple[str, ...], **options: Any) -> None:
     for death in deaths:
         if death.peer not in plan.topology.peers:
             raise click.BadParameter(f"{plan.topology.name} has no peer {death.peer!r}", param_hint="--kill")
-    summary = run_simulation(plan, options["out"], deaths)
+    parts = None if resume is None else parts_of(plan, resume)
+    summary = run_simulation(plan, options["out"], deaths, parts=parts)
     show_summary(summary, options["as_json"], options["out"])
