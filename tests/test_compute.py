@@ -1,4 +1,4 @@
-"""The real lanes: jobs run beside the loop; a paced train lane keeps the modelled time or says by how much it missed."""
+"""The real lanes: jobs run beside the loop; a paced lane keeps the modelled time or says by how much it missed."""
 
 from __future__ import annotations
 
