@@ -106,6 +106,9 @@ class Cuts:
         self.newest = 0
         self.part: Part | None = None
         self._awaited: set[tuple[PeerId, int]] = set()
+        self._links: tuple[PeerId, ...] = ()
+        self._stray = ""
+        """Who spoke during the cut though no link to it is part of it: what it still says would be missed."""
         self._bulk_said: Counter[PeerId] = Counter()
         self._bulk_heard: Counter[PeerId] = Counter()
         self._bulk_due: dict[PeerId, int] = {}
@@ -119,7 +122,8 @@ class Cuts:
         """Our own state is saved; from now on what comes from ``links`` is recorded, until their marks."""
         self.newest = part.number
         self.part = part
-        self._awaited = {(peer, int(stream)) for peer in links for stream in Stream}
+        self._links, self._stray = tuple(links), ""
+        self._awaited = {(peer, int(stream)) for peer in self._links for stream in Stream}
         self._bulk_due = {}
 
     def marks(self, links: Iterable[PeerId], me: PeerId) -> Iterator[tuple[PeerId, Message]]:
@@ -152,6 +156,8 @@ class Cuts:
 
     def hear(self, hop: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         """A message of the strategy's; recorded if it was said before the cut."""
+        if hop not in self._links:
+            self._stray = hop
         if self.part is not None and (hop, stream) in self._awaited:
             self.part.heard.append(Said(hop, stream, seq, bytes(body)))
 
@@ -169,10 +175,12 @@ class Cuts:
             return ""
         missing = sorted({peer for peer, _ in self._awaited})
         lost = sorted(set(missing) - set(links))
-        if not lost and now - self.part.t <= OPEN_S_MAX:
+        if not lost and not self._stray and now - self.part.t <= OPEN_S_MAX:
             return ""
         number, self.part = self.part.number, None
-        why = f"{', '.join(lost)} fell silent" if lost else f"no mark of {', '.join(missing)} in {OPEN_S_MAX:g} s"
+        why = f"no mark of {', '.join(missing)} in {OPEN_S_MAX:g} s"
+        if lost or self._stray:
+            why = f"{', '.join(lost)} fell silent" if lost else f"{self._stray} spoke over a link that was given up"
         return f"checkpoint {name_of(number)} given up: {why}"
 
 
@@ -206,7 +214,8 @@ def _packed(value: Any, path: str, arrays: dict[str, Array]) -> Any:
         if isinstance(value, kind):
             inner = [_packed(each, f"{path}/{i}", arrays) for i, each in enumerate(parts(value))]
             return {tag: inner} if tag else inner
-    raise TypeError(f"state {path or '/'}: a {type(value).__name__} cannot be saved")
+    why = str(value) if isinstance(value, TypeError) else f"a {type(value).__name__} cannot be saved"
+    raise TypeError(f"state {path or '/'}: {why}")
 
 
 def _unpacked(value: Any, arrays: Mapping[str, Array]) -> Any:

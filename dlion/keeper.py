@@ -1,10 +1,13 @@
 """When a node starts a checkpoint of all peers, what it adds to its part of one, and what it goes on from.
 
-Law: on the loop, except ``others`` (train lane); knows no lane, no file and no clock. The cut itself is the exchange
-lane's; writing it down is for whoever gave ``seams.keep``.
+Law: on the loop, except ``others`` (train lane) and ``trainer_state`` (exchange lane); knows no lane, no file and no
+clock. The cut itself is the exchange lane's; writing it down is for whoever gave ``seams.keep``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from dlion.cut import Part
 from dlion.learn.workload import Stateful
@@ -25,7 +28,7 @@ class Keeper:
         self._due_s = self.zero_s + every_s
         self._roster = membership.roster
         self._membership = membership
-        self._batcher = learner.batcher
+        self._batcher, self._trainer = learner.batcher, learner.trainer
         self._others = 0
         start = learner.trainer.workload.initial(seams.seed).flat  # resets the workload: so it comes before restoring
         self.weights: Flat = (start if self.resume is None else self.resume.weights).copy()
@@ -41,6 +44,16 @@ class Keeper:
     def begun(self) -> tuple[int, int]:
         """Own steps and samples done before."""
         return (0, 0) if self.resume is None else (self.resume.step, self.resume.samples)
+
+    def trainer_state(self) -> Mapping[str, Any]:
+        """In the exchange lane: what a checkpoint holds of the trainer. One that cannot be saved (a scheduler made of
+        functions) fails the checkpoint when it is written, and not the training."""
+        if self.keep is None:
+            return {}
+        try:
+            return self._trainer.state()
+        except TypeError as error:
+            return {"": error}
 
     def others(self) -> int:
         """Samples that the others have processed, as far as was ever heard."""

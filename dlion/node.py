@@ -86,7 +86,7 @@ class Node:
             members={me: Member(me, topology.cloud_of(me))},
         )
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS)
-        known, saved = frozenset(topology.peers), learner.trainer.state
+        known, saved = frozenset(topology.peers), self.keeper.trainer_state
         self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, trainer_state=saved)
         if pace.staged:
             self.replica.stage()

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from node_runs import RATE, Ran, Softmax, net, residual, run
+from node_runs import RATE, Ran, Softmax, Talk, net, residual, run
 
 from dlion.cut import LAST_TURN, Part, first_of, life_of, name_of, number_of, pack, unpack
+from dlion.exchange.base import Exchange
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
 from dlion.learn.workload import Indices
@@ -135,7 +136,7 @@ def added(ran: Ran, peer: str) -> dict[str, float]:
     return dict(zip(peers, found, strict=True))
 
 
-FLIGHTS = [
+FLIGHTS: list[tuple[Talk, str, Callable[[], Exchange]]] = [
     ("mesh", "bounded", residual),
     ("mesh", "free", residual),
     ("bridges", "bounded", residual),
@@ -153,9 +154,10 @@ def in_full_flight(seed: int) -> None:
     """A run on narrow links, killed as a whole at a random time after a cut; then one that goes on from the cut."""
     rng = np.random.default_rng(seed)
     talk, pace, exchange = FLIGHTS[seed % len(FLIGHTS)]
+    flight: dict[str, Any] = {"exchange": exchange, "pace": pace, "workload": Push, "seed": seed}
     speeds = dict(zip(PEERS.replace("|", "").split(), rng.uniform(40, 200, 4), strict=True))
     topology = net("a1 a2 | b1 | b2", talk, mbps=rng.uniform(0.02, 0.2), delay_s=rng.uniform(0.0, 0.2), speeds=speeds)
-    kept, common = Kept(), {"topology": topology, "exchange": exchange, "pace": pace, "workload": Push, "seed": seed}
+    kept, common = Kept(), flight | {"topology": topology}
     kept_run(kept, until_s=12.0, each=at(rng.uniform(0.8, 2.5)), settings={"drain_s": 0.0}, **common)
     (number,) = kept.whole(4)
     parts = kept.cuts[number]
@@ -236,7 +238,7 @@ def test_two_who_start_at_once_start_one_cut() -> None:
 
 
 def test_no_cut_without_everybody_and_one_that_somebody_dies_in_is_given_up() -> None:
-    """b2 dies when the second cut has just begun: it becomes nobody's checkpoint, the log says why, and none follows."""
+    """b2 dies when the second cut has just begun: nobody keeps its part, the log says why, and no other follows."""
     kept = Kept()
     death = Death(PeerId("b2"), 5.1)
     ran = kept_run(kept, topology=net(PEERS, delay_s=0.3), until_s=12.0, each=at(3.0, 5.0, 9.0), deaths=[death])
@@ -267,3 +269,18 @@ def test_numbers_and_names() -> None:
 def test_a_state_that_cannot_be_saved_says_where() -> None:
     with pytest.raises(TypeError, match=r"state /trainer/workload: a object cannot be saved"):
         pack({"trainer": {"workload": object()}})
+
+
+def test_an_optimizer_that_cannot_be_saved_fails_the_checkpoint_and_not_the_training() -> None:
+    def each(node: Node) -> None:
+        def refuse() -> dict[str, Any]:
+            raise TypeError("the scheduler is a function")
+
+        node.learner.trainer.state = refuse  # type: ignore[method-assign]
+        at(1.0)(node)
+
+    parts: list[Part] = []
+    ran = run(net("a1 | b1"), each=each, seams=lambda peer: {"keep": parts.append})
+    assert min(ran.result.steps.values()) > 20 and parts
+    with pytest.raises(TypeError, match="state /trainer/: the scheduler is a function"):
+        through_bytes(parts[0])

@@ -28,7 +28,7 @@ def test_goes_on_from_a_cut_in_full_flight(name: str, seed: int) -> None:
         settings |= {"transfer_every": 5, "residual": bool(seed)}
     talk = "bridges" if seed and name not in MESH else "mesh"
     topology = net("a1 a2 | b1 b2", talk, mbps=rng.uniform(0.1, 0.3), delay_s=rng.uniform(0.0, 0.1))  # type: ignore[arg-type]
-    common = {"topology": topology, "exchange": lambda: find(name)(**settings), "seed": seed}
+    common: dict[str, Any] = {"topology": topology, "exchange": lambda: find(name)(**settings), "seed": seed}
     kept = Kept()
     kept_run(kept, until_s=3.0, each=at(rng.uniform(1.0, 2.0)), settings={"drain_s": 0.0}, **common)
     (number,) = kept.whole(4)
