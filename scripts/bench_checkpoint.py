@@ -59,7 +59,7 @@ def write(directory: Path, part: Part) -> None:
 def main(parameters: int = 1_200_000, links: int = 4) -> None:
     layout = Layout(("all",), ((parameters,),))
     rng = np.random.default_rng(0)
-    noise = lambda: rng.standard_normal(parameters, dtype=np.float32)  # noqa: E731
+    noise = partial(rng.standard_normal, parameters, dtype=np.float32)
     peers = [PeerId(f"p{i}") for i in range(links)]
     weights, optimizer, strategy = noise(), AdamW(), DLion(residual=True, transfer="off")
     optimizer.step(noise(), weights, 0.1)
