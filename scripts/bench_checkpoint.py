@@ -27,7 +27,7 @@ from dlion.exchange.dlion import DLion
 from dlion.lane import Replica, TakeCut
 from dlion.learn.optimizers import AdamW
 from dlion.messages import PeerId
-from dlion.tensors import Layout
+from dlion.tensors import Flat, Layout
 from dlion.wire.admit import Admit
 from dlion.wire.limits import Limits
 
@@ -59,7 +59,10 @@ def write(directory: Path, part: Part) -> None:
 def main(parameters: int = 1_200_000, links: int = 4) -> None:
     layout = Layout(("all",), ((parameters,),))
     rng = np.random.default_rng(0)
-    noise = partial(rng.standard_normal, parameters, dtype=np.float32)
+
+    def noise() -> Flat:
+        return rng.standard_normal(parameters, dtype=np.float32)
+
     peers = [PeerId(f"p{i}") for i in range(links)]
     weights, optimizer, strategy = noise(), AdamW(), DLion(residual=True, transfer="off")
     optimizer.step(noise(), weights, 0.1)
