@@ -40,7 +40,7 @@ class Site:
 
     def part(self, batch: int) -> int:
         """This process's part of the peer's batch, at least 1."""
-        return max(1, batch // self.size + (self.rank < batch % self.size))
+        return int(max(1, batch // self.size + (self.rank < batch % self.size)))
 
     def _told(self, number: int) -> int:
         head = torch.tensor([number], device=self._device)
