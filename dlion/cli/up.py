@@ -95,6 +95,7 @@ class Pride:
                 assert evaluator.stdin is not None
                 evaluator.stdin.close()
                 await measuring
+                await evaluator.wait()
             view.show(self.statuses())
         finally:
             await self._end_all([evaluator, *(child.process for child in self.children.values())])
