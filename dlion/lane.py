@@ -114,7 +114,6 @@ class Outcome:
     """Messages of the node's own kinds."""
     refused: list[tuple[PeerId, str]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    own_steps: int = 0
     scanned: int = 0
     """Float32 entries read or written: what the simulation charges for."""
     ready: bool = True
@@ -197,7 +196,6 @@ class Replica:
                 self._hand_over(item)
                 self._perform(exchange.after_step(item, ctx), outcome)
                 ctx.step = item.step + 1
-                outcome.own_steps += 1
             case Writable():
                 if (link := ctx.links.get(item.peer)) is not None:
                     self._perform(exchange.on_writable(link, ctx), outcome)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion.learn.batching import Fixed, GlobalBatch, Profile, Weighted, local_batches, weight
+from dlion.learn.batching import Fixed, GlobalBatch, Profile, Weighted, local_batches
 
 
 def test_the_global_batch_adds_then_multiplies_then_stays() -> None:
@@ -104,16 +104,6 @@ def test_local_batches_follow_compute_power() -> None:
     assert local_batches(192, {"a": 6, "b": 3, "c": 3}) == {"a": 96, "b": 48, "c": 48}
     with pytest.raises(ValueError, match="at least 1"):
         local_batches(1, {"a": 1, "b": 1})
-
-
-def test_weights_by_mode() -> None:
-    """``global``: the mean over peers of db·g is the mean over samples; ``ratio`` and ``none`` as named."""
-    batches = {"a": 96, "b": 48, "c": 48}
-    gradients = {"a": 1.0, "b": 5.0, "c": -2.0}
-    mean = sum(weight("global", 3, batches[k], 48, 192) * gradients[k] for k in batches) / 3
-    assert mean == pytest.approx(sum(batches[k] * gradients[k] for k in batches) / 192)
-    assert weight("ratio", 3, 96, 48, 192) == 2.0
-    assert weight("none", 3, 96, 48, 192) == 1.0
 
 
 def test_fixed_stays_and_still_tells_its_power() -> None:

@@ -73,35 +73,13 @@ def test_a_state_does_not_change_as_training_goes_on() -> None:
     assert np.array_equal(state["optimizer"]["sum"], before)
 
 
-def test_values_are_the_callers_until_handed_back() -> None:
+def test_values_are_the_callers_own() -> None:
     one, weights = trainer(), np.ones(9, dtype=np.float32)
     first = one.step(weights, 3, 0).values
     copy = first.copy()
     second = one.step(weights, 3, 0).values
     assert second is not first
     assert np.array_equal(first, copy)
-    one.recycle(first)
-    one.recycle(first)
-    third, fourth = one.step(weights, 3, 0).values, one.step(weights, 3, 0).values
-    assert third is first
-    assert fourth is not first
-
-
-def test_foreign_buffers_are_not_recycled() -> None:
-    with pytest.raises(ValueError, match="recycle"):
-        trainer().recycle(np.empty(8, dtype=np.float32))
-    with pytest.raises(ValueError, match="recycle"):
-        trainer().recycle(np.empty(9, dtype=np.float64))  # type: ignore[arg-type]
-
-
-def test_a_recycled_buffer_changes_no_result() -> None:
-    """Whatever lies in a buffer that comes back, the next gradient overwrites all of it."""
-    results = []
-    for fill in (0.0, np.nan):
-        one = trainer()
-        one.recycle(np.full(9, fill, dtype=np.float32))
-        results.append(one.step(np.ones(9, dtype=np.float32), 3, 0).values)
-    assert np.array_equal(*results)
 
 
 def test_the_step_is_the_optimizers_delta_at_the_schedules_rate_and_the_snapshot_stays() -> None:

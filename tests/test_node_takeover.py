@@ -20,6 +20,9 @@ def test_a_dead_bridge_is_replaced_and_the_survivors_step_on() -> None:
         steps = played.run.peers[peer][Step]
         late = steps["t"] > 25.0
         assert late.sum() >= 5, f"{peer} made {late.sum()} steps after 25 s"
+    accuracy = played.summary["accuracy"]
+    survivors = [value for peer, value in accuracy["per_peer"].items() if peer != "b1"]
+    assert accuracy["worst"] == min(survivors) and accuracy["per_peer"]["b1"] < min(survivors), "the dead count"
     heard = played.run.peers["a1"][Apply]
     from_b = [hop for hop, t in zip(heard["hop"], heard["t"], strict=True) if t > 20.0 and hop == "b2"]
     assert from_b, "nothing of b2 reached a1 after b1 died"

@@ -6,7 +6,6 @@ Law: the one place where files' values become objects of all rooms. Knows every 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +23,8 @@ from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.neighbours import DialSettings, Identity
 from dlion.node import Learner, Node, NodeSettings, Seams
-from dlion.observe.runlog import Event, Header, RunLog
-from dlion.tensors import Flat, sketch
-
-Observer = Callable[[float, int, Flat, Flat], Iterable[Event]]
+from dlion.observe.runlog import Header, RunLog
+from dlion.tensors import sketch
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,11 @@ async def _run(plan: Plan, setup: PeerSetup, out: Path, start: Start) -> int:
         data_share=setup.peer.data_share or 1.0,
     )
     async with hosted(plan, peer, doors, out, setup.addresses, start=start) as host:
+        dialled = f" (neighbours dial {setup.peer.advertise})" if setup.peer.advertise else ""
         console.print(
             f"dlion {__version__}  run {plan.run}  peer {peer}  seed {plan.job.job.seed}  "
             f"exchange {plan.job.exchange.name}  {plan.job.job.until_s:g} s once all are there\n"
-            f"links on {host.listen}, status on http://{host.admin}/status.json; log, model: {out}\n"
+            f"links on {host.listen}{dialled}, status on http://{host.admin}/status.json; log, model: {out}\n"
             "Ctrl-C or SIGTERM drains and stops",
             soft_wrap=True,
         )

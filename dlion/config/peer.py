@@ -30,7 +30,8 @@ class PeerFile(Table, frozen=True):
     """Checked against the topology when given."""
     listen: str = "127.0.0.1:0"
     advertise: str = ""
-    """The address neighbours use, where it differs from ``listen`` (behind NAT, in a container)."""
+    """The address neighbours use, where it differs from ``listen`` (behind NAT, in a container). Shown, not announced:
+    it stands in the neighbours' own files."""
     admin: str = "127.0.0.1:0"
     data_share: Share | None = None
     """Use only this share of this peer's part of the training data; absent = all of it."""

@@ -2,9 +2,9 @@
 
 Law: pure; time arrives as ``now``. Knows rates and sizes, no peer's address, no gradient.
 
-Three parts: the global batch grows in place of a decaying rate; each peer's part of it follows its measured compute
-power; and what a peer says is weighted by its part. Constants, the profile's forgetting, and measuring power at the
-batch in use (which levels the step times even where steps have a fixed cost) are ours, not the paper's.
+Two parts: the global batch grows in place of a decaying rate, and each peer's part of it follows its measured compute
+power. (The third, weighing what is said by that part, is the strategies'.) Constants, the profile's forgetting, and
+measuring power at the batch in use (which levels the step times even where steps have a fixed cost) are ours.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from dlion.learn.partition import apportion
-
-Weighting = Literal["global", "ratio", "none"]
 
 
 @dataclass(frozen=True)
@@ -124,19 +122,6 @@ def local_batches(global_batch: int, rates: Mapping[str, float]) -> dict[str, in
     """
     peers = sorted(rates)
     return dict(zip(peers, apportion(global_batch, [rates[p] for p in peers]), strict=True))
-
-
-def weight(mode: Weighting, peers: int, origin_batch: int, own_batch: int, global_batch: int) -> float:
-    """db of an update from a peer of ``origin_batch`` at one of ``own_batch``, to be used with a mean over ``peers``.
-
-    ``global``: n·LBS_k/GBS, the mean over all samples, alike on all peers. ``ratio``: LBS_k/LBS_j, the paper's form
-    as remembered; replicas then take steps of different length. ``none``: 1, the mean over peers.
-    """
-    if mode == "global":
-        return peers * origin_batch / global_batch
-    if mode == "ratio":
-        return origin_batch / own_batch
-    return 1.0
 
 
 class Batcher(Protocol):

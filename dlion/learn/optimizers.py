@@ -6,7 +6,7 @@ model-sized temporary. State is allocated at the first step. Strategies use the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import sqrt
 from typing import Any, Protocol
 
@@ -142,10 +142,6 @@ class AdamW:
         self._steps = int(state["steps"])
         self._sum = np.array(state["sum"], dtype=np.float32) if self._steps else None
         self._squares = np.array(state["squares"], dtype=np.float32) if self._steps else None
-
-
-OPTIMIZERS: Mapping[str, Callable[..., Optimizer]] = {"sgd": Sgd, "adamw": AdamW, "plain": Plain}
-"""Names as a job file gives them; the class's keyword arguments are its settings."""
 
 
 def _pieces(size: int) -> Iterator[slice]:

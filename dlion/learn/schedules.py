@@ -6,7 +6,6 @@ different batches, and those who join late must agree with the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import cos, pi
 from typing import Protocol
@@ -64,7 +63,3 @@ class Step:
     def __call__(self, global_samples: float) -> float:
         passed = sum(global_samples >= count for count in self.at)
         return float(self.rate * self.factor**passed)
-
-
-SCHEDULES: Mapping[str, Callable[..., Schedule]] = {"constant": Constant, "cosine": Cosine, "step": Step}
-"""Names as a job file gives them; ``WarmUp`` wraps any of them."""

@@ -7,7 +7,6 @@ The order of the data is a pure function of seed and cursor, so a logged cursor 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,9 +17,6 @@ from dlion.learn.optimizers import Optimizer
 from dlion.learn.schedules import Schedule
 from dlion.learn.workload import Indices, Stateful, Workload
 from dlion.tensors import Flat
-
-SPARE_BUFFERS_MAX = 4
-"""Recycled buffers kept: one per step under way in the exchange lane is enough, with some slack."""
 
 
 class Cursor(NamedTuple):
@@ -94,33 +90,16 @@ class Trainer:
         self._optimizer = optimizer
         self._schedule = schedule
         self._order = Order(workload.train_size, rng_seed)
-        self._spare: deque[Flat] = deque(maxlen=SPARE_BUFFERS_MAX)
 
     def step(self, snapshot: Flat, batch: int, global_samples: float) -> StepResult:
         """One step on ``batch`` samples at the rate for ``global_samples``. ``snapshot`` is read only."""
         cursor = self._order.cursor
         indices = self._order.take(batch)
         rate = self._schedule(global_samples)
-        gradient = self._buffer()
+        gradient = np.empty(self.workload.layout.size, dtype=np.float32)
         loss = self.workload.gradient(snapshot, indices, gradient)
         values = self._optimizer.step(gradient, snapshot, rate)
         return StepResult(values, loss, batch, rate, cursor)
-
-    def recycle(self, buffer: Flat) -> None:
-        """Hand back a result's ``values`` that nobody reads any more: touching fresh pages costs more than a copy.
-
-        May be called from another lane (one at a time).
-        """
-        if buffer.shape != (self.workload.layout.size,) or buffer.dtype != np.float32 or not buffer.flags.writeable:
-            raise ValueError("recycle takes buffers that came from step")
-        if not any(kept is buffer for kept in tuple(self._spare)):
-            self._spare.append(buffer)
-
-    def _buffer(self) -> Flat:
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return np.empty(self.workload.layout.size, dtype=np.float32)
 
     def state(self) -> dict[str, Any]:
         """Cursor, optimizer and the workload's own state, if any: with the weights, enough to go on bit by bit."""

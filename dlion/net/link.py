@@ -5,7 +5,6 @@ Law: protocols only. Real connections, memory pipes and shaped wrappers all look
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 
@@ -51,10 +50,6 @@ class Link(Protocol):
 
     def abort(self) -> None:
         """Close at once, dropping what was not delivered."""
-
-
-Accept = Callable[[Link], None]
-"""A node's door for incoming links, before Hello."""
 
 
 class Dialer(Protocol):

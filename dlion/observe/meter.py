@@ -24,9 +24,6 @@ class LinkMeter:
     entries: int = 0
     messages: int = 0
     by_kind: Counter[str] = field(default_factory=Counter)
-    marked_bytes: int = 0
-    marked_entries: int = 0
-    marked_messages: int = 0
     marked_full_s: float = 0.0
 
 

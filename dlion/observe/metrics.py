@@ -45,7 +45,6 @@ def exposition(status: PeerStatus) -> str:
         _family("dlion_link_rate_bytes_per_second", "gauge", "Measured.", _each(links, "rate_bps", 0.125)),
         _family("dlion_link_used_bytes_per_second", "gauge", "Last interval.", _each(links, "used_bps", 0.125)),
         _family("dlion_link_rtt_seconds", "gauge", "Round trip.", _each(links, "rtt_s")),
-        _family("dlion_owed_norm", "gauge", "Norm of what is unsent.", _each(links, "owed_norm")),
         _family("dlion_update_staleness_steps", "gauge", "Largest, last interval.", [({}, status["staleness_max"])]),
         _family(
             "dlion_updates_rejected_total",

@@ -27,7 +27,6 @@ class LinkStatus(TypedDict):
     share_sent: float
     """Entries sent / entries of the model, over the last interval; 1: everything."""
     sent_bytes_by_kind: NotRequired[dict[str, int]]
-    owed_norm: NotRequired[float]
 
 
 class MembersStatus(TypedDict):

@@ -72,9 +72,11 @@ def summarise(
     replica_disagreement: float | None = None,
     targets: Iterable[float] = TARGETS,
 ) -> Summary:
-    """The summary of ``run``. Accuracy is each peer's last; ``time_to`` reads ``mean_accuracy``."""
+    """The summary of ``run``. Accuracy is each peer's last, its mean and worst are those of the peers that ended (a
+    killed one did not); ``time_to`` reads ``mean_accuracy``."""
     logs = run.peers
     last = {peer: float(evals[1][-1]) for peer, log in logs.items() if (evals := evaluations(log, "accuracy"))[1].size}
+    ended = {peer: value for peer, value in last.items() if logs[peer][End]["t"].size} or last  # not the killed
     curve = mean_accuracy(run)
     wan, lan = sent_bytes(run)
     batches = {peer: int(log[Step]["samples"][-1]) for peer, log in logs.items() if log[Step]["samples"].size}
@@ -86,8 +88,8 @@ def summarise(
         "virtual_seconds": run.seconds,
         "wall_seconds": wall_seconds,
         "accuracy": {
-            "mean": float(np.mean(list(last.values()))) if last else None,
-            "worst": min(last.values(), default=None),
+            "mean": float(np.mean(list(ended.values()))) if ended else None,
+            "worst": min(ended.values(), default=None),
             "per_peer": last,
         },
         "time_to": {f"{target:.2f}": time_to(curve, target) for target in targets},
