@@ -62,9 +62,9 @@ def test_tfako_fits_each_link_and_scales_by_throughput() -> None:
     bench = Bench(find("tfako"), 3, layout=Layout(("w",), ((1000,),)), batches={"a": 10, "b": 10, "c": 20})
     bench.rates_bps["a", "c"] = 32 * 1000 / 0.1 / 5
     bench.step("a", ones)
-    assert "a -> b: update 0/0 [a0] 1000 of 0+1000 F32" in bench.transcript
-    assert "a -> c: update 0/0 [a0] 200 of 0+200 F32" in bench.transcript
-    assert bench.transcript[1] == "a += [a0]"
+    assert "a -> b: update 0/0 [a:0] cloud=A 1000 of 0+1000 F32" in bench.transcript
+    assert "a -> c: update 0/0 [a:0] cloud=A 200 of 0+200 F32" in bench.transcript
+    assert bench.transcript[1] == "a += [a:0]"
 
 
 def test_gaia_says_only_what_is_significant() -> None:
@@ -284,7 +284,7 @@ def test_sparseloco_says_the_largest_of_every_chunk_and_remembers_the_rest() -> 
     make = partial(find("sparseloco"), local_steps=1, chunk=100, keep=10)
     bench = Bench(make, 2, layout=Layout(("w",), ((1050,),)))
     bench.step("a", learn)
-    assert any("part 0/0 [a0] 105 of 0+1050 I4" in line for line in bench.transcript)
+    assert any("part 0/0 [a:0] cloud=A weight=1.0 105 of 0+1050 I4" in line for line in bench.transcript)
     error = bench.seats[PeerId("a")].exchange.state()["error"]
     given = bench.seats[PeerId("a")].exchange.state()["given"]
     bench.deliver("a", "b")

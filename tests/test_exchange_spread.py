@@ -188,59 +188,6 @@ def test_a_moved_bridge_tells_how_far_its_side_is_so_that_nobody_waits_for_the_d
     bench.run(8, learn)
 
 
-def test_full_says_this() -> None:
-    bench = Bench(Full, {"a0": "A", "a1": "A", "b0": "B"}, talk="bridges")
-    for peer in ("a0", "a1", "b0"):
-        bench.step(peer, learn)
-    bench.deliver_all()
-    assert (
-        "\n".join(bench.transcript)
-        == """\
-a0: step 0
-a0 += [a00]
-a0 -> a1,b0: update 0/0 [a00] 28 of 0+28 F32
-a1: step 0
-a1 += [a10]
-a1 -> a0: update 0/0 [a10] 28 of 0+28 F32
-b0: step 0
-b0 += [b00]
-b0 -> a0: update 0/0 [b00] 28 of 0+28 F32
-a1 += [a00]
-b0 += [a00]
-a0 += [a10]
-a0 -> b0: update 0/0 [a10] 28 of 0+28 F32
-a0 += [b00]
-a0 -> a1: update 0/0 [b00] 28 of 0+28 F32
-a1 += [b00]
-b0 += [a10]"""
-    )
-
-
-def test_dlion_says_this() -> None:
-    """Two updates of a wait for the link to b and go out as one sum; c, behind a narrow link, gets the largest few."""
-    bench = Bench(EVERYTHING, 3, layout=Layout(("w",), ((200,),)), pace="free")
-    bench.windows["a", "b"] = 0
-    bench.rates_bps["a", "c"], bench.windows["a", "c"] = 8 * 200 / 0.1, 200
-    bench.step("a", learn)
-    bench.step("a", learn)
-    bench.open("a", "b")
-    bench.deliver_all()
-    assert (
-        "\n".join(bench.transcript)
-        == """\
-a: step 0
-a += [a0]
-a -> c: update 0/0 [a0] 20 of 0+200 F32
-a: step 1
-a += [a1]
-a -> c: update 1/0 [a1] 20 of 0+200 F32
-a -> b: update 1/0 [a0-1] 200 of 0+200 F32
-b += [a0-1]
-c += [a0]
-c += [a1]"""
-    )
-
-
 def test_unusable_settings_are_refused_with_what_was_expected() -> None:
     for wrong in ({"weighting": "x"}, {"n_min": 0.0}, {"transfer": "x"}, {"transfer_every": 0}, {"merge": 2.0}):
         with pytest.raises(ValueError, match="dlion: "):

@@ -95,7 +95,8 @@ class Bench:
         self.routes: Plan = plan(self.topology, self.live)
         self._sequence = dict.fromkeys(links, 0)
         self._losses = dict.fromkeys(specs, 1.0)
-        start = np.random.default_rng([seed, 1]).standard_normal(self.layout.size).astype(np.float32)
+        draw = np.random.default_rng([seed, 1])  # whole numbers other than 0, for readable transcripts
+        start = (draw.integers(1, 5, self.layout.size) * draw.choice((-1, 1), self.layout.size)).astype(np.float32)
         self.seats: dict[PeerId, Seat] = {}
         for i, p in enumerate(specs):
             self.seats[p] = self._seat(p, i, make(), start.copy(), pace)

@@ -14,6 +14,9 @@ from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, 
 from dlion.messages import Message, PeerId, Stream
 from dlion.tensors import Flat
 
+TINY = 8
+"""Up to so many values are written out in a transcript, to three digits."""
+
 
 class Nonconforming(AssertionError):  # noqa: N818 - a verdict, not an accident
     """The strategy breaks the contract; the text says which part of it."""
@@ -38,8 +41,8 @@ class Watched(Exchange):
                     self.transcript.append(f"{self.me} -> {','.join(action.to)}: {describe(action.message)}")
                 case Add():
                     self._check_add(action, ctx)
-                    scale = "" if action.scale == 1.0 else f" * {action.scale:g}"
-                    self.transcript.append(f"{self.me} += {_spans(action)}{scale}".rstrip())
+                    scale = "" if action.scale == 1.0 else f" * {action.scale:.3g}"
+                    self.transcript.append(f"{self.me} += {_spans(action)}{scale} {_values(action.values)}".rstrip())
                 case Timer():
                     self.transcript.append(f"{self.me} @ {action.key}")
                 case _:
@@ -67,6 +70,7 @@ class Watched(Exchange):
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         demand(origin != self.me, f"{self.me} hears its own {message.kind} again")
+        self.transcript.append(f"{self.me} < {message.hop}: {message.kind} {message.step}/{message.epoch}")
         return self._watch(self.inner.on_message(origin, message, ctx), ctx)
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
@@ -92,10 +96,27 @@ class Watched(Exchange):
 
 
 def describe(message: Message) -> str:
-    """One line about a message, for transcripts."""
-    blocks = ", ".join(f"{b.count} of {b.start}+{b.size} {b.encoding.name}" for b in message.blocks)
-    return f"{message.kind} {message.step}/{message.epoch} {_spans(message)} {blocks}".rstrip()
+    """One line about a message, for transcripts: kind, step/epoch, whose steps, fields, blocks."""
+    fields = " ".join(f"{name}={value}" for name, value in sorted(message.fields.items()))
+    blocks = ", ".join(
+        f"{b.count} of {b.start}+{b.size} {b.encoding.name} {_values(b)}".rstrip() for b in message.blocks
+    )
+    said = f"{message.kind} {message.step}/{message.epoch}", _spans(message), fields, blocks
+    return " ".join(part for part in said if part)
 
 
 def _spans(covered: Message | Add) -> str:
-    return "[" + " ".join(f"{s.origin}{s.first}" + f"-{s.last}" * (s.last > s.first) for s in covered.coverage) + "]"
+    spans = (f"{s.origin}:{s.first}" + f"-{s.last}" * (s.last > s.first) for s in covered.coverage)
+    return f"[{' '.join(spans)}]"
+
+
+def _values(of: Flat | Block) -> str:
+    """A handful of values; those of a sparse block behind their places."""
+    values = of.values if isinstance(of, Block) else of
+    if not 0 < values.size <= TINY:
+        return ""
+    places = [""] * values.size
+    if isinstance(of, Block) and of.indices is not None:
+        places = [f"{place}:" for place in of.indices]
+    shown = (f"{place}{value + 0.0:.3g}" for place, value in zip(places, values, strict=True))
+    return f"({' '.join(shown)})"
