@@ -29,12 +29,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dlion.cli import host
 from dlion.cli.build import Plan, batcher_of, exchange_of, node_settings, optimizer_of, schedule_of
+from dlion.cli.keep import Start
 from dlion.cli.peer import plan_of_peer
 from dlion.cli.planfile import save_plan
 from dlion.config import ConfigError, PeerSetup, load_setup
 from dlion.learn.batching import Fixed
 from dlion.learn.trainer import Trainer, peer_seed
-from dlion.learn.workloads.torch_guest import SIGNALS_EVERY_S, Buffers, Guest, Places, Turn
+from dlion.learn.workloads.torch_guest import SIGNALS_EVERY_S, Buffers, Guest, Keepable, Places, Turn
 from dlion.learn.workloads.torch_memory import alias
 from dlion.learn.workloads.torch_module import TorchData, TorchWorkload
 from dlion.learn.workloads.torch_site import Site
@@ -70,6 +71,10 @@ class Options:
     drain_s: float | None = None
     start_wait_s: float | None = None
     """How long to wait for all neighbours before training starts without the missing; None: a minute."""
+    keeps: Mapping[str, Keepable] = field(default_factory=dict)
+    """What checkpoints hold beside weights, optimizer and buffers, by names of yours: ``{"scheduler": scheduler}``."""
+    fresh: bool = False
+    """Start over, though there are checkpoints in the peer file's ``out``."""
 
 
 def attach(
@@ -117,9 +122,11 @@ class Pride:
         self._site = None if group is None else Site(group, next(model.parameters()).device, self._places.layout.size)
         self.batch_size = 0
         """Samples that this process should take in its next step. Advice: with ``batch_size`` given it is that."""
+        self.steps_done = 0
+        """Steps of this peer until now, with those before the checkpoint that it went on from."""
         self._host: _Host | None = None
         if self._site is None or self._site.rank == 0:
-            guest = Guest(self._places, optimizer is not None, options.samples)
+            guest = Guest(self._places, optimizer is not None, options.samples, _kept(optimizer, options))
             setup = peer if isinstance(peer, PeerSetup) else load_setup(peer, options.settings)
             plan = plan_of_peer(setup)
             processes = 1 if self._site is None else self._site.size
@@ -132,6 +139,9 @@ class Pride:
             self._host.start()
         try:
             self._next()
+            self.steps_done = 0 if self._host is None else self._host.begun_at
+            if self._site is not None:
+                self.steps_done = self._site.told(self.steps_done)
         except BaseException:
             if self._host is not None:
                 self._host.abandon()
@@ -150,6 +160,7 @@ class Pride:
             value = loss.detach() if isinstance(loss, torch.Tensor) else loss
             self._host.guest.answer(0.0 if value is None else float(value))
         self._next()
+        self.steps_done += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -201,6 +212,8 @@ class _Host:
         self._task: asyncio.Task[Any] | None = None
         self._node: Node | None = None
         self._begun = Event()
+        self.begun_at = 0
+        """Steps done before, in the checkpoint that the node goes on from."""
 
     # -- the caller's thread ------------------------------------------------------------------------------------
 
@@ -279,8 +292,11 @@ class _Host:
             settings = replace(settings, start_wait_s=options.start_wait_s)
         known = self._setup.addresses if options.addresses is None else self._introduce
         guest = host.Guest(self._learner, settings)
-        async with host.hosted(plan, PeerId(peer.name), doors, out, known, guest) as running:
+        start = Start(fresh=options.fresh)
+        async with host.hosted(plan, PeerId(peer.name), doors, out, known, guest, start=start) as running:
             self._node = node = running.node
+            self.begun_at = 0 if running.keeping.part is None else running.keeping.part.step
+            running.keeping.tell()
             await node.wait()
         self._final = node.exchange.view(node.ctx.weights)
 
@@ -291,6 +307,12 @@ class _Host:
     def _prepare(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         save_plan(self._plan, out)
+
+
+def _kept(optimizer: Steps | None, options: Options) -> dict[str, Keepable]:
+    """What is saved of the user's: the optimizer, if it can be, and what they named."""
+    able = hasattr(optimizer, "state_dict") and hasattr(optimizer, "load_state_dict")
+    return {**({"optimizer": optimizer} if able else {}), **options.keeps}  # type: ignore[dict-item]
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import pytest
 from aiohttp import web
 
 import dlion
@@ -102,7 +103,7 @@ def test_an_application_answers_while_its_node_trains_with_a_neighbour(tmp_path:
             sites[name], embedded[name] = await serve(doors[name], "127.0.0.1", ports[name]), made
         waits: list[float] = []
         loop = asyncio.get_running_loop()
-        async with embedded["x1"].node as x, embedded["y1"].node as y, aiohttp.ClientSession() as client:
+        async with embedded["x1"] as x, embedded["y1"] as y, aiohttp.ClientSession() as client:
             while min(x.step, y.step) < 200:
                 started = loop.time()
                 async with client.get(f"http://127.0.0.1:{ports['x1']}/") as answer:
@@ -127,3 +128,25 @@ def test_an_application_answers_while_its_node_trains_with_a_neighbour(tmp_path:
     assert run.peers["x1"][Step]["n"].size >= 200 and run.peers["x1"][Apply]["origin"].size > 0
     assert float(np.median(waits)) < 0.25, "the application did not answer while its node trained"
     assert threading.active_count() == threads_before, "a thread is left"
+
+
+def test_an_embedded_peer_goes_on_from_its_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Leaving waits until it is written; ``fresh`` starts over."""
+    path = _files(tmp_path, "x1", "y1", 9)
+    (tmp_path / "two.toml").write_text('[clouds]\nx.members = ["x1"]\n')
+    path.write_text(path.read_text().split("[peers]")[0])
+
+    async def run(steps: int, *, fresh: bool = False) -> tuple[int, int]:
+        embedded = dlion.embed(path, workload=Line(), fresh=fresh)
+        async with embedded as node:
+            begun = node.step
+            while node.step < begun + steps:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            node.stop("enough", leaving=False)
+        return begun, node.step
+
+    first = asyncio.run(run(20))
+    again = asyncio.run(run(5))
+    assert first[0] == 0 and again[0] == first[1] >= 20
+    assert any(f"goes on from checkpoint 0.end, step {first[1]}" in message for message in caplog.messages)
+    assert asyncio.run(run(1, fresh=True))[0] == 0

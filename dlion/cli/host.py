@@ -126,14 +126,13 @@ def assemble(
     out: Path,
     addresses: Mapping[Any, str],
     does: Workload | Guest,
-    keeping: Keeping | None = None,
+    keeping: Keeping,
 ) -> Assembled:
     """``peer``'s node over real links, its log and snapshots in ``out``. Call it on the running loop.
 
-    Of a guest no snapshots are kept: nobody else could evaluate them. ``keeping``: its checkpoints.
+    Of a guest no snapshots are written: nobody else could evaluate them. ``keeping``: the peer's checkpoints.
     """
-    resume = None if keeping is None else keeping.part
-    zero_s = asyncio.get_running_loop().time() - (0.0 if resume is None else resume.t)
+    zero_s = asyncio.get_running_loop().time() - (0.0 if keeping.part is None else keeping.part.t)
     learner, settings = (does.learner, does.settings) if isinstance(does, Guest) else (None, None)
     workload = does.learner.trainer.workload if isinstance(does, Guest) else does
     log_path = _open_directory(out, peer)
@@ -143,11 +142,14 @@ def assemble(
     compute = Threads(paced=doors.emulate or doors.paced)
     observer = None if learner else Snapshots(out, peer, workload)
     keep = keeping if plan.job.checkpoint.every_s else None
-    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keep, resume)
-    if keeping is not None:
-        keeping.log = log
+    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keep, keeping.part)
+    keeping.log = log
     born = time.time_ns() // 1_000_000
-    node = node_of(plan, peer, seams, workload=workload, incarnation=born, settings=settings, learner=learner)
+    try:
+        node = node_of(plan, peer, seams, workload=workload, incarnation=born, settings=settings, learner=learner)
+    except BaseException:
+        log.close()
+        raise
 
     def accept(link: StreamLink) -> None:
         """Slowed down like a link that we dialled; the name is what the other end says it is."""
@@ -169,7 +171,7 @@ class Hosted:
     status: StatusReader
     listen: str
     admin: str
-    keeping: Keeping | None = None
+    keeping: Keeping
 
 
 @asynccontextmanager
@@ -186,7 +188,7 @@ async def hosted(
     """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
 
     ``addresses``: of the neighbours; or a callable that is told where we listen and answers with them later.
-    ``start``: which of the checkpoints in ``out`` to go on from. A guest keeps none.
+    ``start``: which of the checkpoints in ``out`` to go on from; None: the newest.
     """
     if doors.listen[0] not in LOOPBACK and not doors.insecure_plaintext:
         raise Fault(
@@ -197,9 +199,8 @@ async def hosted(
         )
     does: Guest | Workload
     does = guest if guest is not None else await asyncio.to_thread(workload_for, plan, peer, doors)
-    keeping: Keeping | None = None
-    if not isinstance(does, Guest):
-        keeping = await asyncio.to_thread(Keeping, plan, peer, out, does.layout, start or Start())
+    layout = (does.learner.trainer.workload if isinstance(does, Guest) else does).layout
+    keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start or Start())
     door = _Door()
     site = await serve(peer_application(door.knock), *doors.listen)
     try:
@@ -211,8 +212,7 @@ async def hosted(
             yield Hosted(made.node, made.status, here, admin, keeping)
     finally:
         await site.close()
-        if keeping is not None:
-            await asyncio.to_thread(keeping.close)
+        await asyncio.to_thread(keeping.close)
 
 
 class _Door:

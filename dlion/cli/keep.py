@@ -6,6 +6,7 @@ its own; a failure is kept for the status and the log, and training goes on.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,11 @@ class Keeping:
             f"goes on from checkpoint {name_of(part.number)}, step {part.step}, {part.t:.1f} s (--fresh starts over)"
         )
         return "\n".join(filter(None, (self.trouble, begun)))
+
+    def tell(self) -> None:
+        """Say so where there is no terminal of ours; a warning, so that it is seen where nobody set logging up."""
+        if self.notice:
+            logging.getLogger("dlion").warning("%s: %s", self._peer, self.notice)
 
     def __call__(self, part: Part) -> None:
         """Never waits: should the disk be slower than checkpoints come, the newest of those that wait is written."""

@@ -59,7 +59,7 @@ async def _run(plan: Plan, setup: PeerSetup, out: Path, start: Start) -> int:
         )
         if doors.insecure_plaintext:
             console.print(f"[yellow]warning:[/] {host.listen} speaks plaintext: anybody on the way can read and forge")
-        if host.keeping is not None and host.keeping.notice:
+        if host.keeping.notice:
             console.print(host.keeping.notice, soft_wrap=True)
         with Signals(host.node.stop, host.node.checkpoint), LiveView(console) as view:
             await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)

@@ -10,16 +10,16 @@ requires a gradient, once however often it is used, and with ``buffers="averaged
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from queue import Empty, SimpleQueue
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from dlion.learn.optimizers import Optimizer, Plain
 from dlion.learn.workload import Ended, Evaluation, Indices
-from dlion.learn.workloads.torch_memory import alias
+from dlion.learn.workloads.torch_memory import alias, plain, tensors
 from dlion.learn.workloads.torch_optimizer import BufferedOptimizer
 from dlion.tensors import Flat, Layout, Tensors
 
@@ -27,6 +27,14 @@ PASS_SAMPLES = 1 << 16
 """What the run log calls an epoch where nobody said how large the data is."""
 SIGNALS_EVERY_S = 0.5
 Buffers = Literal["local", "averaged"]
+
+
+class Keepable(Protocol):
+    """What a checkpoint can hold beside the weights: an optimizer, a scheduler, a loader that knows its place."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 class Places:
@@ -50,6 +58,8 @@ class Places:
         saved = module.state_dict().keys() if buffers == "averaged" else ()
         common = {n: b for n, b in module.named_buffers() if n in saved and b.dtype == torch.float32}
         self._tensors: list[torch.Tensor] = [*self.parameters.values(), *common.values()]
+        self.own = {n: b for n, b in module.named_buffers() if n in module.state_dict() and n not in common}
+        """Buffers that are not exchanged."""
         names = (*self.parameters, *common)
         self.layout = Layout(names, tuple(tuple(t.shape) for t in self._tensors))
         self.averaged = len(common)
@@ -115,12 +125,19 @@ class Guest:
     ``gradient``, which waits for the answer. ``end`` releases whichever thread waits, now and later.
     """
 
-    def __init__(self, places: Places, steps_itself: bool, samples: int | None = None) -> None:
+    def __init__(
+        self,
+        places: Places,
+        steps_itself: bool,
+        samples: int | None = None,
+        keeps: Mapping[str, Keepable] | None = None,
+    ) -> None:
         """``steps_itself``: the user's optimizer changes the module, else its gradients are taken. ``samples``: of all
-        peers together; None: not known, and the global batch does not grow."""
+        peers together; None: not known, and the global batch does not grow. ``keeps``: what else is in checkpoints."""
         self.places = places
         self._steps_itself = steps_itself
         self._samples = samples
+        self._keeps = keeps or {}
         self._turns: SimpleQueue[Turn | None] = SimpleQueue()
         self._answers: SimpleQueue[float | None] = SimpleQueue()
 
@@ -184,6 +201,21 @@ class Guest:
         else:
             self.places.gradients(before, alias(out))
         return loss
+
+    def state(self) -> dict[str, Any]:
+        """Of the user's things, which rest: a cut asks while the user waits for a turn, or has left."""
+        kept = {name: plain(keepable.state_dict()) for name, keepable in self._keeps.items()}
+        return {"kept": kept, "buffers": plain(self.places.own)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``. Raises ValueError when something else is kept now than was then."""
+        if state["kept"].keys() != self._keeps.keys() or state["buffers"].keys() != self.places.own.keys():
+            then, now = sorted([*state["kept"], *state["buffers"]]), sorted([*self._keeps, *self.places.own])
+            raise ValueError(f"the checkpoint holds {then} beside the weights, this loop keeps {now}")
+        for name, keepable in self._keeps.items():
+            keepable.load_state_dict(tensors(state["kept"][name]))
+        for name, buffer in self.places.own.items():
+            buffer.copy_(tensors(state["buffers"][name]))
 
     def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
         """Refused: the user's loop has the held-out data, and evaluates by itself."""

@@ -7,8 +7,9 @@ memory and a device's meet.
 from __future__ import annotations
 
 import ctypes
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from dlion.tensors import Flat
@@ -26,6 +27,24 @@ def alias(flat: Flat) -> torch.Tensor:
     memory = (ctypes.c_float * flat.size).from_address(flat.ctypes.data)
     memory.owner = flat  # type: ignore[attr-defined]
     return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def plain(value: Any) -> Any:
+    """A state dict with arrays in the place of its tensors, for a checkpoint: copies."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy().copy()
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
+
+
+def tensors(value: Any) -> Any:
+    """Inverse of ``plain``."""
+    if isinstance(value, np.ndarray):
+        return torch.tensor(value)
+    if isinstance(value, dict):
+        return {key: tensors(each) for key, each in value.items()}
+    return type(value)(map(tensors, value)) if type(value) in (list, tuple) else value
 
 
 class Memory(Protocol):

@@ -26,7 +26,7 @@ class Site:
 
     def share(self, weights: torch.Tensor | None, batch: int) -> tuple[torch.Tensor, int]:
         """What rank 0 gives, on all. Raises RuntimeError on the others when rank 0 has failed."""
-        head = self._told(batch)
+        head = self.told(batch)
         if head == FAILED:
             raise RuntimeError("this peer's node has failed; process 0 of the peer says why")
         if weights is not None:
@@ -36,13 +36,14 @@ class Site:
 
     def fail(self) -> None:
         """On rank 0: let the others raise in their ``share``."""
-        self._told(FAILED)
+        self.told(FAILED)
 
     def part(self, batch: int) -> int:
         """This process's part of the peer's batch, at least 1."""
         return int(max(1, batch // self.size + (self.rank < batch % self.size)))
 
-    def _told(self, number: int) -> int:
+    def told(self, number: int) -> int:
+        """Rank 0's ``number``, on all."""
         head = torch.tensor([number], device=self._device)
         distributed.broadcast(head, group=self._group, group_src=0)
         return int(head)
