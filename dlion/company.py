@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class Company:
         rng: np.random.Generator,
         journal: Journal,
     ) -> None:
-        self.membership = Membership(Record(identity.peer, identity.incarnation), topology, settings.suspect_after_s)
+        me = Record(identity.peer, identity.incarnation)
+        self.membership = Membership(me, topology, settings.suspect_after_s, settings.status_every_s)
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
         self.neighbours.heard_of = self.membership.heard_of
         self.farewell = Farewell(identity.peer, self.tell, self.membership.onward)
@@ -77,6 +79,8 @@ class Company:
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
         self._carrying: asyncio.TimerHandle | None = None
+        self._spread = -1
+        """All news up to this one are told to all neighbours."""
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -157,15 +161,22 @@ class Company:
         self.say(to, encode(message), message)
 
     def gossip(self, **own: int | float) -> None:
-        """Tell each neighbour our own record, brought up to date, and those that it hears only through us."""
-        self.membership.roster.speak(**own)
+        """Tell each neighbour our own record, if it is time to, and those that it hears only through us."""
+        self.membership.roster.beat(asyncio.get_running_loop().time(), **own)
         self._spread_news()
 
     def _spread_news(self) -> None:
+        """What is told to several is encoded once."""
+        if self._spread == self.membership.roster.changes:
+            return
+        self._spread = self.membership.roster.changes
+        audiences: dict[tuple[Record, ...], list[PeerId]] = {}
         for peer, connection in self.neighbours.connections.items():
-            if connection.connected:
-                for text in news_texts(self.membership.news(peer)):
-                    self.tell((peer,), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
+            if connection.connected and (news := self.membership.news(peer)):
+                audiences.setdefault(tuple(news), []).append(peer)
+        for records, peers in audiences.items():
+            for text in news_texts(records):
+                self.tell(tuple(peers), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
 
     def pass_on(self) -> None:
         """Last words go on behind what they must not overtake."""
@@ -202,6 +213,7 @@ class Company:
         roster = self.membership.roster
         self._turn(roster.alive(peer, incarnation, asyncio.get_running_loop().time()))
         roster.version += 1
+        self._spread = -1
         self._put(MembersChanged())
         self._put(Writable(peer))  # what it was owed meanwhile may go
         self._wake()
@@ -254,9 +266,11 @@ class Company:
         except ValueError as error:
             self.refuse(message.hop, f"~status: {error}")
             return
-        now = asyncio.get_running_loop().time()
+        now, roster = asyncio.get_running_loop().time(), self.membership.roster
         for record in records:
-            self._turn(self.membership.roster.hear(record, message.hop, now))
+            self._turn(roster.hear(record, message.hop, now))
+            if record.silent and roster.hears(record.peer, now):  # let it refute that
+                self.tell((record.peer,), replace(message, origin=PeerId("")))
         if self._carrying is None and self._topology.talk != "mesh":
             pause_s = CARRY_SHARE * self._settings.status_every_s
             self._carrying = asyncio.get_running_loop().call_later(pause_s, self._carry)
@@ -271,10 +285,15 @@ class Company:
     def age(self, lag_s: float = 0.0) -> None:
         """Give up links that are only half there, and count no longer who is silent. ``lag_s``: our own lateness."""
         now, patience_s = asyncio.get_running_loop().time(), self._settings.suspect_after_s
-        for connection in list(self.neighbours.connections.values()):
-            if connection.connected and now - connection.last_heard - lag_s > patience_s:
+        roster = self.membership.roster
+        for peer, connection in list(self.neighbours.connections.items()):
+            if not connection.connected:
+                continue
+            if now - connection.last_heard - lag_s > patience_s:
                 connection.abort(f"nothing came for {patience_s:g} s")
-        for change in self.membership.roster.age(now, lag_s):
+            else:
+                self._turn(roster.near(peer, connection.last_heard))
+        for change in roster.age(now, lag_s):
             self._turn(change)
 
     def _turn(self, change: Change | None) -> None:

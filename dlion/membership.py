@@ -18,13 +18,14 @@ from dlion.messages import PeerId
 class Membership:
     """The living peers of one node's topology, and their routes."""
 
-    def __init__(self, me: Record, topology: Topology, silent_after_s: float) -> None:
+    def __init__(self, me: Record, topology: Topology, silent_after_s: float, period_s: float = 1.0) -> None:
         self.me = me.peer
         self.topology = topology
-        self.roster = Roster(me, topology.peers, silent_after_s)
+        self.roster = Roster(me, topology.peers, silent_after_s, period_s)
         self.plan: Plan = self._replan()
         self._planned = self.roster.shape
         self._shown = -1
+        self._rates: tuple[int, dict[PeerId, float]] = (-1, {})
 
     def changed(self) -> None:
         """Somebody's state changed: plan the bridges anew if it makes a difference."""
@@ -48,7 +49,7 @@ class Membership:
     def news(self, neighbour: PeerId) -> list[Record]:
         """What to tell ``neighbour``: our own record, and those of peers to which it has no link. What one of our
         micro-cloud told us it told the others of it too."""
-        cloud_of, near = self.topology.cloud_of, frozenset(self.plan.neighbours(neighbour))
+        cloud_of, near = self.topology.cloud_of, self.plan.neighbours(neighbour)
         home = cloud_of(self.me)
         mate = cloud_of(neighbour) == home
 
@@ -93,13 +94,16 @@ class Membership:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Samples per second of the living."""
-        return {p: self.roster.records[p].samples_per_s for p in self.roster.live}
+        """Samples per second of the living; the same object as long as they are the same."""
+        roster = self.roster
+        if self._rates[0] != roster.rated:
+            self._rates = roster.rated, {p: roster.records[p].samples_per_s for p in roster.live}
+        return self._rates[1]
 
     @property
     def samples(self) -> int:
         """Samples processed by all peers, as far as heard."""
-        return sum(r.samples for r in self.roster.records.values())
+        return self.roster.samples
 
 
 def _nobody(peer: PeerId, teller: PeerId) -> bool:

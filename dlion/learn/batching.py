@@ -189,6 +189,8 @@ class Weighted:
         self._period_s = period_s
         self._started_at = started_at
         self._rates: dict[str, float] = {me: 0.0}
+        self._told: Mapping[str, float] = {}
+        """The very object that ``members`` was last given."""
         self._profile = Profile()
         self._probed = 0
         self._batch = 0
@@ -219,6 +221,9 @@ class Weighted:
         self._probed += 1
 
     def members(self, rates: Mapping[str, float]) -> None:
+        if rates is self._told:
+            return
+        self._told = rates
         self._rates = {peer: rates.get(peer, 0.0) for peer in sorted({*rates, self._me})}
         self._known = (*self._rates, *(peer for peer, rate in self._rates.items() if rate > 0))
 

@@ -40,7 +40,10 @@ class Plan:
 
     def neighbours(self, me: PeerId) -> tuple[PeerId, ...]:
         """Everybody ``me`` keeps a link with, sorted."""
-        return tuple(sorted({*self.mates.get(me, ()), *self._far_ends(me).values()}))
+        found = self._neighbours.get(me)
+        if found is None:
+            found = self._neighbours[me] = tuple(sorted({*self.mates.get(me, ()), *self._far_ends(me).values()}))
+        return found
 
     def onward(self, me: PeerId, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
         """Who must hear from ``me`` an update of ``origin_cloud`` that came from ``came_from`` (None: our own)."""
@@ -62,6 +65,11 @@ class Plan:
     def _far_ends(self, me: PeerId) -> Mapping[str, PeerId]:
         """The bridges of ``me``: the micro-cloud beyond -> its peer."""
         return self._ends.get(me, {})
+
+    @cached_property
+    def _neighbours(self) -> dict[PeerId, tuple[PeerId, ...]]:
+        """``neighbours`` of those who were asked for."""
+        return {}
 
     @cached_property
     def _ends(self) -> Mapping[PeerId, Mapping[str, PeerId]]:

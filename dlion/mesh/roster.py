@@ -2,11 +2,18 @@
 
 Law: pure; ``now`` is an argument. Liveness is one rule for everybody: a peer is alive while news of it keeps coming,
 directly or through others. Silence is not death: a silent peer is merely not counted, and counts again when heard.
-Who finds a peer silent tells the others up to which beat it was heard; who knows of a later beat does not believe it.
+Who finds a peer silent tells the others up to which beat it was heard; who knows of a later beat, or hears the peer
+itself, does not believe it, and the peer, when it is told, refutes it with a new beat (as in SWIM: Das, Gupta,
+Motivala, DSN 2002).
+
+Everybody is told of everybody, so beats must become rarer as peers become more: each peer hears of about one other a
+period, beyond the first few. Neighbours do not wait for beats, for what comes on their links shows that they live; the
+rest is given more time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +24,10 @@ from msgspec.structs import replace
 
 from dlion.messages import PeerId
 
+FEW = 8
+"""Up to so many other peers, each speaks once a period; of more, each speaks the less often."""
+NEWSWORTHY = 0.05
+"""A relative change of compute power that does not wait for the next beat."""
 NEWS_RECORDS_MAX = 16
 """Records in one message: its text stays below what a field may hold."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
@@ -32,7 +43,8 @@ class State(StrEnum):
     LEFT = "left"
 
 
-COUNTED = (State.EXPECTED, State.LIVE, State.FINISHED)
+LIVING = (State.LIVE, State.FINISHED)
+COUNTED = (State.EXPECTED, *LIVING)
 """Who has a part in the plan of bridges."""
 
 
@@ -87,10 +99,18 @@ class Change:
 class Roster:
     """All peers of the topology and their state, seen from ``me``."""
 
-    def __init__(self, me: Record, others: Iterable[PeerId], silent_after_s: float) -> None:
+    def __init__(self, me: Record, others: Iterable[PeerId], silent_after_s: float, period_s: float = 1.0) -> None:
         self.me = me
         self.silent_after_s = silent_after_s
         self.records: dict[PeerId, Record] = {p: Record(p) for p in sorted({me.peer, *others})}
+        self.beat_s = period_s * max(1, len(self.records) - FEW)
+        """From one beat of a peer to its next, at most."""
+        self._far_silent_after_s = silent_after_s + self.beat_s - period_s
+        self._beat_at = -math.inf
+        self._near_at: dict[PeerId, float] = {}
+        """When bytes last came from those who have a link to us."""
+        self._look_at = -math.inf
+        """Nobody can have been silent for too long before."""
         self.states: dict[PeerId, State] = dict.fromkeys(self.records, State.EXPECTED)
         self.records[me.peer] = me
         self.states[me.peer] = State.LIVE
@@ -101,10 +121,15 @@ class Roster:
         """Which neighbour told us of it."""
         self._told: dict[PeerId, int] = {}
         """Up to which number each neighbour was told."""
-        self._changes = 0
+        self.changes = 0
+        """Grows with every change of a record."""
+        self.rated = 0
+        """Grows when somebody's compute power changes, or who is there to have any."""
+        self.samples = sum(r.samples for r in self.records.values())
+        """Processed by all, as far as heard."""
         self._live: tuple[PeerId, ...] | None = None
         self.version = 0
-        """Grows with every change of a state."""
+        """Grows when somebody begins or ceases to live."""
         self.shape = 0
         """Grows when somebody begins or ceases to count."""
         self.fresh: dict[PeerId, None] = {}
@@ -123,10 +148,20 @@ class Roster:
         self._note(self.me, self.me.peer)
         return self.me
 
+    def beat(self, now: float, **own: int | float) -> None:
+        """Speak, if a beat is due or our compute power has become another."""
+        told = self.me.samples_per_s
+        if now >= self._beat_at or abs(own["samples_per_s"] - told) > NEWSWORTHY * told:
+            self._beat_at = now + self.beat_s
+            self.speak(**own)
+
     def _note(self, record: Record, teller: PeerId) -> None:
-        self._changes += 1
+        known = self.records[record.peer]
+        self.changes += 1
+        self.rated += record.samples_per_s != known.samples_per_s
+        self.samples += record.samples - known.samples
         self._news.pop(record.peer, None)
-        self._news[record.peer] = self._changes
+        self._news[record.peer] = self.changes
         self._teller[record.peer] = teller
         self.records[record.peer] = record
         self.fresh[record.peer] = None
@@ -134,13 +169,17 @@ class Roster:
     def hear(self, record: Record, teller: PeerId, now: float) -> Change | None:
         """News of a peer, told by itself or by another. Returns the change of state it makes, if any."""
         known = self.records.get(record.peer)
-        if known is None or record.peer == self.me.peer:
+        if known is None or record.stamp <= known.stamp:
             return None
-        if record.stamp <= known.stamp:
+        if record.peer == self.me.peer:
+            if record.silent and record.incarnation == known.incarnation:
+                self._beat_at = -math.inf
+            return None
+        if record.silent and self.hears(record.peer, now):
             return None
         self._note(record, teller)
         if record.silent:
-            counted = self.states[record.peer] in (State.LIVE, State.FINISHED)
+            counted = self.states[record.peer] in LIVING
             return self._turn(record.peer, State.SILENT, "others found it silent") if counted else None
         return self.alive(record.peer, record.incarnation, now)
 
@@ -149,20 +188,40 @@ class Roster:
         state = self.states.get(peer)
         if state is None or peer == self.me.peer:
             return None
-        self._heard_at[peer] = now
+        self._heard(peer, now)
         renewed = incarnation > self.records[peer].incarnation
         if state is State.LIVE or state is State.FINISHED or (state is State.LEFT and not renewed):
             return None
         known = Record(peer, incarnation) if renewed else self.records[peer]
+        self.samples += known.samples - self.records[peer].samples
         self.records[peer] = replace(known, silent=False)
         why = "first heard" if state is State.EXPECTED else "heard again"
         return self._turn(peer, State.LIVE, why)
+
+    def near(self, peer: PeerId, at: float) -> Change | None:
+        """Bytes came from ``peer`` over its link to us at the time ``at``, not long ago."""
+        self._near_at[peer] = at
+        if self.states[peer] in LIVING:
+            self._heard(peer, at)
+            return None
+        return self.alive(peer, self.records[peer].incarnation, at)
+
+    def hears(self, peer: PeerId, now: float) -> bool:
+        """Does ``peer`` itself speak to us?"""
+        return now - self._near_at.get(peer, -math.inf) <= self.silent_after_s
+
+    def _heard(self, peer: PeerId, at: float) -> None:
+        self._heard_at[peer] = max(at, self._heard_at.get(peer, at))
+        self._look_at = min(self._look_at, at + self.silent_after_s)
+
+    def _patience_s(self, peer: PeerId) -> float:
+        return self.silent_after_s if peer in self._near_at else self._far_silent_after_s
 
     def presume(self, now: float, missing: Collection[PeerId]) -> list[Change]:
         """The run begins: whoever is expected counts as living until it has been silent too long; not the missing."""
         expected = [p for p, s in self.states.items() if s is State.EXPECTED]
         for peer in expected:
-            self._heard_at[peer] = now
+            self._heard(peer, now)
         return [
             self._turn(p, State.SILENT, "missing at the start")
             if p in missing
@@ -179,18 +238,18 @@ class Roster:
 
     def lost(self, peer: PeerId, now: float, patience_s: float) -> None:
         """The link to ``peer`` broke: unless news comes, it counts as silent after ``patience_s``."""
+        self._near_at.pop(peer, None)
         if peer in self._heard_at:
-            self._heard_at[peer] = min(self._heard_at[peer], now - self.silent_after_s + patience_s)
+            self._heard_at[peer] = min(self._heard_at[peer], now - self._patience_s(peer) + patience_s)
+            self._look_at = min(self._look_at, now)
 
     def age(self, now: float, lag_s: float = 0.0) -> list[Change]:
         """Who has been silent for too long; ``lag_s`` is our own loop's lateness, which is not their silence."""
-        late = [
-            p
-            for p, s in self.states.items()
-            if s in (State.LIVE, State.FINISHED)
-            and p != self.me.peer
-            and now - self._heard_at.get(p, now) - lag_s > self.silent_after_s
-        ]
+        if now - lag_s <= self._look_at:
+            return []
+        ends = {p: at + self._patience_s(p) for p, at in self._heard_at.items() if self.states[p] in LIVING}
+        late = [p for p in sorted(ends) if now - lag_s > ends[p]]
+        self._look_at = min((end for p, end in ends.items() if p not in late), default=math.inf)
         for peer in late:
             self._note(replace(self.records[peer], silent=True), self.me.peer)
         return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in late]
@@ -206,7 +265,7 @@ class Roster:
             teller = self._teller[peer]
             if peer == me or (neighbour not in (peer, teller) and carried(peer, teller)):
                 news.append(self.records[peer])
-        self._told[neighbour] = self._changes
+        self._told[neighbour] = self.changes
         return news
 
     def _turn(self, peer: PeerId, state: State, why: str) -> Change:
@@ -214,7 +273,9 @@ class Roster:
         if before is not state and not (before in COUNTED and state in COUNTED):
             self.shape += 1
         self.states[peer] = state
-        self._live = None
-        self.fresh[peer] = None
-        self.version += 1
+        if not (before in LIVING and state in LIVING):
+            self._live = None
+            self.fresh[peer] = None
+            self.version += 1
+            self.rated += 1
         return Change(peer, state, self.records[peer].incarnation, why)
