@@ -83,13 +83,13 @@ class Spread(Exchange):
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx, everything=True)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
-        """Drop the accounts of who is gone. A new neighbour (a bridge that moved) first hears how far we are: what died
-        with the old bridge will not come, and nobody may wait for it."""
+        """Drop the accounts of who is gone. A new neighbour (a bridge that moved, or whose other end is heard again)
+        first hears how far we are: what was said meanwhile will not come, and nobody may wait for it."""
         near = {*ctx.links, *ctx.silent}
         self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
-        beside = ctx.links.keys() & set(ctx.routes.onward(None, ctx.cloud))
-        fresh = sorted(beside - self._beside) if self._last else []
-        self._beside = beside | (self._beside & near)
+        told = near & set(ctx.routes.onward(None, ctx.cloud))
+        fresh = sorted((told & ctx.links.keys()) - self._beside) if self._last else []
+        self._beside = told & (ctx.links.keys() | self._beside)
         nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
         for peer in fresh:
             theirs = {p for p, member in ctx.members.items() if member.cloud == ctx.links[peer].cloud and p != ctx.me}
