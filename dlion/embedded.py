@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from dlion.cli.agree import Agreement
 from dlion.cli.host import Doors, address, assemble, workload_for
 from dlion.cli.keep import Keeping, Start
 from dlion.cli.peer import plan_of_peer
@@ -77,4 +78,6 @@ def embed(
     does = workload or workload_for(plan, name, doors)
     keeping = Keeping(plan, name, directory, does.layout, Start(cut, fresh))
     made = assemble(plan, name, doors, directory, setup.addresses, does, keeping)
-    return Embedded(made.node, peer_application(made.accept), admin_application(made.status), keeping)
+    agreement = Agreement(plan, name, () if keeping.part is None else (keeping.part.number,))  # it insists on its own
+    links = peer_application(made.accept, answer=agreement.answer)
+    return Embedded(made.node, links, admin_application(made.status), keeping)

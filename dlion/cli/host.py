@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from dlion import __version__, tensorfile
+from dlion.cli.agree import Agreement, agreed
 from dlion.cli.build import Plan, node_of, workload_of
 from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, Fault
-from dlion.cli.keep import Keeping, Start
+from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
@@ -188,7 +189,7 @@ async def hosted(
     """``peer``'s node, running, with its doors open and its files in ``out``; leaving drains and closes all.
 
     ``addresses``: of the neighbours; or a callable that is told where we listen and answers with them later.
-    ``start``: which of the checkpoints in ``out`` to go on from; None: the newest.
+    ``start``: which of the checkpoints in ``out`` to go on from; None: the newest that all peers have.
     """
     if doors.listen[0] not in LOOPBACK and not doors.insecure_plaintext:
         raise Fault(
@@ -199,20 +200,26 @@ async def hosted(
         )
     does: Guest | Workload
     does = guest if guest is not None else await asyncio.to_thread(workload_for, plan, peer, doors)
+    start = start or Start()
     layout = (does.learner.trainer.workload if isinstance(does, Guest) else does).layout
-    keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start or Start())
-    door = _Door()
-    site = await serve(peer_application(door.knock), *doors.listen)
+    have, damages = await asyncio.to_thread(held, plan, out, peer, layout, start)
+    door, agreement = _Door(), Agreement(plan, peer, have)
+    site = await serve(peer_application(door.knock, answer=agreement.answer), *doors.listen)
+    keeping: Keeping | None = None
     try:
         here = f"{doors.listen[0]}:{site.port}"
         known = addresses if isinstance(addresses, Mapping) else await addresses(here)
+        wait_s = plan.job.node.start_wait_s if guest is None else guest.settings.start_wait_s
+        start = await agreed(agreement, known, start, has=bool(have), wait_s=wait_s)
+        keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start, damages)
         made = assemble(plan, peer, doors, out, known, does, keeping)
         async with _admin(doors, made.status) as admin, made.node:
             door.open(made.accept)
             yield Hosted(made.node, made.status, here, admin, keeping)
     finally:
         await site.close()
-        await asyncio.to_thread(keeping.close)
+        if keeping is not None:
+            await asyncio.to_thread(keeping.close)
 
 
 class _Door:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from dlion.checkpoint import Checkpoint, CheckpointFailed, CheckpointStore, Dama
 from dlion.cli.build import Plan
 from dlion.cli.errors import BAD_DATA, CONFIGURATION, Fault
 from dlion.config import job_hash
-from dlion.cut import Part, Said, name_of, pack, unpack
+from dlion.cut import Part, Said, name_of, number_of, pack, unpack
 from dlion.exchange.base import Update
 from dlion.messages import PeerId
 from dlion.observe.runlog import Refuse, RunLog, Snapshot
@@ -73,10 +73,12 @@ def from_checkpoint(saved: Checkpoint) -> Part:
 class Keeping:
     """``seams.keep`` of one peer, and what it goes on from (``part``). ``close`` waits for what is being written."""
 
-    def __init__(self, plan: Plan, peer: PeerId, out: Path, layout: Layout, start: Start) -> None:
+    def __init__(
+        self, plan: Plan, peer: PeerId, out: Path, layout: Layout, start: Start, passed_over: Iterable[str] = ()
+    ) -> None:
         self.store = store_of(plan, out, peer)
-        self.trouble = ""
-        """Why the last checkpoint could not be written."""
+        self.trouble = "\n".join(passed_over)
+        """Why the last checkpoint could not be written; at first, what was wrong with those that were there."""
         self.written = ""
         """Name of the last that was."""
         self.log: RunLog | None = None
@@ -148,6 +150,23 @@ class Keeping:
                     raise
                 self.trouble = str(damage)
         return None
+
+
+def held(plan: Plan, out: Path, peer: str, layout: Layout, start: Start) -> tuple[list[int], list[str]]:
+    """The cuts that ``peer`` can begin with: the one asked for, else all that are whole, and what is wrong with the
+    others. Reads them in full."""
+    if start.fresh or start.cut:
+        return [number_of(start.cut)] if start.cut else [], []
+    store, wanted = store_of(plan, out, peer), {**expected(plan), "model": layout.digest}
+    check_job(store, wanted["job"])
+    found, passed_over = [], []
+    for number, path in cuts_of(store).items():
+        try:
+            checkpoint.verify(path, wanted)
+            found.append(number)
+        except Damaged as damage:
+            passed_over.append(str(damage))
+    return found, passed_over
 
 
 def parts_of(plan: Plan, out: Path) -> dict[str, Part]:

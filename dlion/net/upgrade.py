@@ -32,6 +32,8 @@ CLOSE_S = 1.0
 KEEPALIVE_S = 30.0
 REQUEST_DEADLINE_S = 10.0
 LINKS_MAX = 1024
+BESIDE = "/cuts"
+"""Where peers say something before there is a link between them."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -39,8 +41,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 # -- accepting --------------------------------------------------------------------------------------------------
 
 
-def peer_application(accept: Callable[[StreamLink], None], *, links_max: int = LINKS_MAX) -> web.Application:
+def peer_application(
+    accept: Callable[[StreamLink], None], *, links_max: int = LINKS_MAX, answer: Callable[[bytes], bytes] | None = None
+) -> web.Application:
     """An application with ``GET /link``; each upgraded link goes to ``accept``. Mountable under another application.
+    ``answer`` is what ``POST`` to ``BESIDE`` gets; a ValueError that it raises is a 400.
 
     Anything that is no upgrade to ``dlion/1`` is answered 426, more than ``links_max`` live links 503. At shutdown
     links get one second to deliver what was written, then they are aborted.
@@ -79,8 +84,17 @@ def peer_application(accept: Callable[[StreamLink], None], *, links_max: int = L
             upgraded.abort()
             await upgraded.lost
 
+    async def beside(request: web.Request) -> web.StreamResponse:
+        assert answer is not None
+        try:
+            return web.Response(body=answer(await request.read()))
+        except ValueError:
+            return web.Response(status=400, text="not understood\n")
+
     application = web.Application()
     application.router.add_get("/link", link)
+    if answer is not None:
+        application.router.add_post(BESIDE, beside)
     application.on_shutdown.append(close_links)
     return application
 
