@@ -39,7 +39,7 @@ def agree(cuts: dict[str, list[int]], absent: str = "") -> dict[str, Start | Fau
         where = {p: f"127.0.0.1:{site.port}" for p, site in sites.items()} | ({absent: "127.0.0.1:1"} if absent else {})
 
         async def decides(peer: str) -> Start | Fault:
-            known = {PeerId(p): where[p] for p in CHAIN[peer]} | {PeerId(p): "" for p in cuts if p not in CHAIN[peer]}
+            known = [where[other] if other in CHAIN[peer] else "" for other in cuts]
             wait_s = 0.5 if absent else 20.0
             try:
                 return await agreed(agreements[peer], known, Start(), has=bool(cuts[peer]), wait_s=wait_s)

@@ -9,7 +9,7 @@ which of our own checkpoints is used, and the greeting between nodes holds them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Annotated
 
@@ -105,10 +105,10 @@ class Agreement:
 
 
 async def agreed(
-    agreement: Agreement, addresses: Mapping[PeerId, str], start: Start, *, has: bool, wait_s: float
+    agreement: Agreement, addresses: Iterable[str], start: Start, *, has: bool, wait_s: float
 ) -> Start:
     """How this peer begins: as it was told, afresh if it ``has`` nothing, else from what all have."""
     if start.fresh or start.cut or not has:
         return start
-    await agreement.ask([address for address in addresses.values() if address], wait_s)
+    await agreement.ask([address for address in addresses if address], wait_s)
     return agreement.start()

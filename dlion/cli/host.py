@@ -210,7 +210,7 @@ async def hosted(
         here = f"{doors.listen[0]}:{site.port}"
         known = addresses if isinstance(addresses, Mapping) else await addresses(here)
         wait_s = plan.job.node.start_wait_s if guest is None else guest.settings.start_wait_s
-        start = await agreed(agreement, known, start, has=bool(have), wait_s=wait_s)
+        start = await agreed(agreement, known.values(), start, has=bool(have), wait_s=wait_s)
         keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start, damages)
         made = assemble(plan, peer, doors, out, known, does, keeping)
         async with _admin(doors, made.status) as admin, made.node:
