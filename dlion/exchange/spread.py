@@ -2,7 +2,8 @@
 
 Law: routes and accounts. An own update is weighed and added; whoever must hear it is owed it; a link that can take
 more is told what the strategy chooses to ``say``. What is heard is added and passed on along the routes, never echoed.
-Which part is said, and when, is the strategy's.
+Which part is said, and when, is the strategy's; but a bridge gathers what a crowd says, and passes on sums: else the
+messages that each peer hears would grow with the square of the peers.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block
-from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Timer, Update
 from dlion.exchange.owed import Owed, Piece, exact
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat
 
 Account = tuple[PeerId, bool]
 """A neighbour, and whether the updates are passing through from another micro-cloud (a mate must not bridge those)."""
+CROWD_MIN = 5
+"""Members of a micro-cloud whose bridges gather."""
+SUMS_PER_STEP = 4
+"""What a bridge says per own step, at most, while nobody's state changes; and in which part of a step it gathers what
+was said at the same time."""
+GATHER_SHARE = 1 / 64
+CALM_S = 15.0
+"""Nothing is gathered for so long after somebody's state changed: of updates that come over two routes, twins are
+told by their steps, but sums have no twins."""
 
 
 class Spread(Exchange):
@@ -29,6 +39,8 @@ class Spread(Exchange):
     additive: ClassVar[tuple[str, ...]] = ("update",)
     keep = True
     """What was not said stays owed (error feedback per link); False: it is dropped."""
+    sums = True
+    """Bridges may sum what they pass on."""
 
     def __init__(self) -> None:
         self.owed: dict[Account, Owed] = {}
@@ -36,6 +48,11 @@ class Spread(Exchange):
         """Last step of each origin that was added here."""
         self._beside: set[PeerId] = set()
         """Whom we told our updates until now."""
+        self._said_at: dict[PeerId, float] = {}
+        self._due: dict[PeerId, float] = {}
+        """When the bridges that gather now will say it."""
+        self._calm_at = 0.0
+        self._crowded = False
 
     # -- what a strategy decides ---------------------------------------------------------------------------------
 
@@ -78,6 +95,10 @@ class Spread(Exchange):
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx)
 
+    def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
+        """A bridge has gathered for long enough."""
+        return self._tell([a for a in self.owed if a[0] in self._due], ctx)
+
     def on_leave(self, link: LinkView, ctx: Context) -> Iterable[Action]:
         link.writable_bytes = max(link.writable_bytes, 1)
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx, everything=True)
@@ -85,6 +106,8 @@ class Spread(Exchange):
     def on_members(self, ctx: Context) -> Iterable[Action]:
         """Drop the accounts of who is gone. A new neighbour (a bridge that moved, or whose other end is heard again)
         first hears how far we are: what was said meanwhile will not come, and nobody may wait for it."""
+        self._calm_at = ctx.now + CALM_S if self._last else 0.0
+        self._crowded = sum(m.cloud == ctx.cloud for m in ctx.members.values()) >= CROWD_MIN
         near = {*ctx.links, *ctx.silent}
         self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
         told = near & set(ctx.routes.onward(None, ctx.cloud))
@@ -130,9 +153,29 @@ class Spread(Exchange):
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it: what passes through first, it is older."""
         accounts = list(accounts)
+        if not everything and self.sums and self._crowded and ctx.now >= self._calm_at:
+            gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx)}
+            yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
+            accounts = [a for a in accounts if a not in gathering]
         for side in (True, False):
             peers = [peer for peer, passing in accounts if passing is side and peer in ctx.links]
             yield from self._tell_side(sorted(peers, key=lambda p: (-ctx.links[p].rate_bps, p)), side, ctx, everything)
+
+    def _gathers(self, account: Account, ctx: Context) -> bool:
+        """Does the bridge to this neighbour wait for more to say?"""
+        link, owed = ctx.links[account[0]], self.owed[account]
+        if link.cloud == ctx.cloud or not (owed.fresh or owed.unsaid):
+            return False
+        due = self._due.get(link.peer)
+        if due is None:
+            earliest = self._said_at.get(link.peer, 0.0) + ctx.step_s / SUMS_PER_STEP
+            self._due[link.peer] = due = max(ctx.now + ctx.step_s * GATHER_SHARE, earliest)
+        if ctx.now < due:
+            return True
+        if link.writable_bytes > 0:
+            del self._due[link.peer]
+            self._said_at[link.peer] = ctx.now
+        return False
 
     def _tell_side(self, peers: list[PeerId], passing: bool, ctx: Context, everything: bool) -> Iterator[Action]:
         """The same thing to many is one Send, encoded once."""
