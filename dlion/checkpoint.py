@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MODEL, STATE, BLOBS = "model.safetensors", "state.safetensors", "blobs.safetensors"
 MANIFEST_BYTES_MAX = 16 << 20
+SPOOLED_BYTES_MIN = 1 << 20
 _PREFIX, _PARTIAL = "checkpoint-", ".partial-"
 
 Array = npt.NDArray[np.generic]
@@ -137,6 +139,20 @@ class CheckpointStore:
             with suppress(OSError):  # the new one is safe, which is what was asked; the next write tries again
                 self._discard(old)
         return final
+
+    def spool(self, array: Array) -> Array:
+        """A copy of ``array`` in a file without a name, where the system can drop it from memory whenever it likes: so
+        a checkpoint that waits for the disk takes none of ours. Small ones, and all where the disk refuses (``write``
+        will say so), are copied in memory."""
+        if array.nbytes < SPOOLED_BYTES_MIN:
+            return array.copy()
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory, buffering=0) as file:
+                tensorfile.put(file.fileno(), array)
+                return np.memmap(file, array.dtype, "r", shape=array.shape)
+        except OSError:
+            return array.copy()
 
     def latest(self, expect: Mapping[str, Any] | None = None) -> Found:
         """The newest checkpoint that is whole and whose meta agrees with ``expect`` (``model``, ``run``, ...)."""

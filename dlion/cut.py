@@ -100,10 +100,17 @@ class Part:
 
 
 class Cuts:
-    """The cut that is open at one peer, if any. ``newest``: the highest number seen in this life."""
+    """The cut that is open at one peer, if any. ``newest``: the highest number seen in this life.
 
-    def __init__(self) -> None:
+    ``learner``: what is saved of it. ``spool``: an array that nobody changes, equal to the given one.
+    """
+
+    def __init__(
+        self, learner: Callable[[], Mapping[str, Any]] = dict, spool: Callable[[Array], Array] = np.copy
+    ) -> None:
         self.newest = 0
+        self.spool = spool
+        self._learner = learner
         self.part: Part | None = None
         self._awaited: set[tuple[PeerId, int]] = set()
         self._links: tuple[PeerId, ...] = ()
@@ -112,6 +119,10 @@ class Cuts:
         self._bulk_said: Counter[PeerId] = Counter()
         self._bulk_heard: Counter[PeerId] = Counter()
         self._bulk_due: dict[PeerId, int] = {}
+
+    def learnt(self) -> dict[str, Any]:
+        """What is saved of the learner, which rests."""
+        return dict(frozen(self._learner(), self.spool))
 
     @property
     def last(self) -> int:
@@ -185,6 +196,18 @@ class Cuts:
 
 
 # -- trees of values as text and arrays -----------------------------------------------------------------------------
+
+
+def frozen(value: Any, spool: Callable[[Array], Array] = np.copy) -> Any:
+    """``value`` with new containers and spooled arrays, one after the other; all else never changes (Blocks,
+    Messages)."""
+    if isinstance(value, np.ndarray):
+        return spool(value)
+    if isinstance(value, dict):
+        return {key: frozen(each, spool) for key, each in value.items()}
+    if type(value) in (list, tuple, deque):
+        return type(value)(frozen(each, spool) for each in value)
+    return set(value) if isinstance(value, set) else value
 
 
 def pack(tree: Any) -> tuple[bytes, dict[str, Array]]:

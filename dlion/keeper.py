@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dlion.cut import Part
+from dlion.cut import Cuts, Part
 from dlion.learn.workload import Stateful
 from dlion.membership import Membership
 from dlion.seams import Learner, Seams
@@ -22,6 +22,8 @@ class Keeper:
     def __init__(self, seams: Seams, every_s: float, membership: Membership, learner: Learner) -> None:
         self.resume = seams.resume
         self.keep = seams.keep
+        self.cuts = Cuts(self.trainer_state, seams.spool)
+        """For the lane."""
         self.zero_s = 0.0 if self.resume is None else self.resume.t
         """Time of the node's clock at which training begins."""
         self._every_s = every_s

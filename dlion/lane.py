@@ -7,14 +7,14 @@ loop. Decoding, admission, hooks, selection, encoding and additions happen here;
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dlion.blocks import Block
-from dlion.cut import MARK, Cuts, Part, first_of, life_of
+from dlion.cut import MARK, Cuts, Part, first_of, frozen, life_of
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
 from dlion.messages import Message, PeerId, Stream
 from dlion.observe.runlog import Apply, Event, Refuse
@@ -125,7 +125,7 @@ class Outcome:
 class Replica:
     """The weights and the strategy that changes them. ``run`` is called in the exchange lane only.
 
-    ``peers``: whose updates may be heard (None: anybody's). ``trainer_state``: what a checkpoint holds of the learner.
+    ``peers``: whose updates may be heard (None: anybody's).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Replica:
         limits: Limits,
         *,
         peers: Collection[PeerId] | None = None,
-        trainer_state: Callable[[], Mapping[str, Any]] = dict,
+        cuts: Cuts | None = None,
     ) -> None:
         self.exchange = exchange
         self.ctx = ctx
@@ -152,12 +152,11 @@ class Replica:
         self._once = Once()
         self._staged: list[tuple[Add, int]] | None = None
         self._draining = False
-        self._trainer_state = trainer_state
         self._stepping = False
         """A step is under way: its snapshot is taken, its update did not come to this lane yet."""
         self._samples = 0
         self._timers: dict[str, float] = {}
-        self._cuts = Cuts()
+        self._cuts = cuts or Cuts()
         exchange.setup(ctx)
 
     def stage(self) -> None:
@@ -348,23 +347,24 @@ class Replica:
 
         The trainer is at rest while the mutex is ours and no step is under way; else its state waits for that step.
         """
-        ctx, last = self.ctx, number == self._cuts.last
+        ctx, cuts, last = self.ctx, self._cuts, number == self._cuts.last
         with self._mutex:
-            weights = self._weights.copy()
-            trainer = None if self._stepping and not last else self._trainer_state()
+            trainer = None if self._stepping and not last else cuts.learnt()
+        weights = cuts.spool(self._weights)
         state = {
             "strategy": self.exchange.state(),
             "rng": ctx.rng.bit_generator.state,
-            "applied": dict(self.applied),
+            "applied": self.applied,
             "once": self._once.state(),
-            "timers": dict(self._timers),
-            "staged": list(self._staged or ()),
+            "timers": self._timers,
+            "staged": self._staged or [],
             "step": ctx.step,
         }
         links = () if last else tuple(ctx.links)
-        self._cuts.begin(Part(number, ctx.now, weights, state, ctx.step, self._samples, trainer), links)
+        state = frozen(state, cuts.spool)
+        cuts.begin(Part(number, ctx.now, weights, state, ctx.step, self._samples, trainer), links)
         outcome.scanned += 2 * weights.size + self.exchange.state_bytes // 2
-        for peer, mark in self._cuts.marks(links, ctx.me):
+        for peer, mark in cuts.marks(links, ctx.me):
             outcome.sends.append(Spoken((peer,), encode(mark), mark, ()))
 
     def _hand_over(self, update: Update) -> None:
@@ -373,8 +373,8 @@ class Replica:
         self._samples += update.samples
         part = self._cuts.part
         if part is not None and part.trainer is None:
-            part.trainer = self._trainer_state()
-            part.under_way = replace(update, values=update.values.copy())
+            part.trainer = self._cuts.learnt()
+            part.under_way = replace(update, values=self._cuts.spool(update.values))
             part.step, part.samples = update.step + 1, self._samples
 
     def _resume(self, part: Part, outcome: Outcome) -> None:

@@ -86,8 +86,8 @@ class Node:
             members={me: Member(me, topology.cloud_of(me))},
         )
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS)
-        known, saved = frozenset(topology.peers), self.keeper.trainer_state
-        self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, trainer_state=saved)
+        known, cuts = frozenset(topology.peers), self.keeper.cuts
+        self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, cuts=cuts)
         if pace.staged:
             self.replica.stage()
         self._snapshot = np.empty_like(weights)

@@ -87,6 +87,13 @@ def digest(path: Path) -> tuple[int, str]:
         return file.tell(), hasher.hexdigest()
 
 
+def put(descriptor: int, array: Array) -> None:
+    """Write the bytes of ``array``, in C order as they lie in memory."""
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    while raw.nbytes:
+        raw = raw[os.write(descriptor, raw[:PIECE_BYTES]) :]
+
+
 def _header(arrays: Mapping[str, Array]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0

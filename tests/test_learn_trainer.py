@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dlion.cut import frozen
 from dlion.learn.optimizers import AdamW, Plain, Sgd
 from dlion.learn.schedules import Constant, Cosine
 from dlion.learn.trainer import Cursor, Order, Trainer, peer_seed
@@ -63,10 +64,10 @@ def test_a_restored_trainer_goes_on_bit_by_bit() -> None:
         weights += a.values
 
 
-def test_a_state_does_not_change_as_training_goes_on() -> None:
+def test_a_frozen_state_does_not_change_as_training_goes_on() -> None:
     one, weights = trainer(), np.ones(9, dtype=np.float32)
     one.step(weights, 3, 0)
-    state = one.state()
+    state = frozen(one.state())
     before = state["optimizer"]["sum"].copy()
     one.step(weights, 3, 0)
     assert state["cursor"] == [0, 3]

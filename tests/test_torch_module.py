@@ -15,6 +15,7 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy, mse_loss  # noqa: E402
 from torch.utils.data import TensorDataset  # noqa: E402
 
+from dlion.cut import frozen  # noqa: E402
 from dlion.learn.models import Mlp  # noqa: E402
 from dlion.learn.optimizers import AdamW, Plain, Sgd  # noqa: E402
 from dlion.learn.schedules import Constant  # noqa: E402
@@ -370,7 +371,7 @@ def test_a_restored_optimizer_goes_on_bit_by_bit(factory: Any) -> None:
     first = fresh()
     weights = first[0].initial(1).flat
     steps(first, weights, 3)
-    saved, state = weights.copy(), first[1].state()
+    saved, state = weights.copy(), frozen(first[1].state())
     steps(first, weights, 3)
     second = fresh()
     second[1].restore(state)

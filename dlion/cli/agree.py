@@ -104,9 +104,7 @@ class Agreement:
                     self.hear(await answer.content.read(ANSWER_BYTES_MAX))
 
 
-async def agreed(
-    agreement: Agreement, addresses: Iterable[str], start: Start, *, has: bool, wait_s: float
-) -> Start:
+async def agreed(agreement: Agreement, addresses: Iterable[str], start: Start, *, has: bool, wait_s: float) -> Start:
     """How this peer begins: as it was told, afresh if it ``has`` nothing, else from what all have."""
     if start.fresh or start.cut or not has:
         return start

@@ -143,7 +143,8 @@ def assemble(
     compute = Threads(paced=doors.emulate or doors.paced)
     observer = None if learner else Snapshots(out, peer, workload)
     keep = keeping if plan.job.checkpoint.every_s else None
-    seams = Seams(dialer, compute, plan.job.job.seed, log, observer, keep, keeping.part)
+    seed, spool = plan.job.job.seed, keeping.store.spool
+    seams = Seams(dialer, compute, seed, log, observer, keep, spool, keeping.part)
     keeping.log = log
     born = time.time_ns() // 1_000_000
     try:

@@ -215,7 +215,8 @@ class Exchange:
         return False
 
     def state(self) -> dict[str, Any]:
-        """All that must survive a restart, copied: arrays, Blocks, Messages and plain values in nested containers."""
+        """All that must survive a restart: arrays, Blocks, Messages and plain values in nested containers. Whoever
+        keeps it copies it (``cut.frozen``) before anything else happens."""
         return {}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:

@@ -105,9 +105,9 @@ class Choco(Exchange):
         return change
 
     def state(self) -> dict[str, Any]:
-        public = {f"public/{peer}": copy.copy() for peer, copy in self._public.items()}
+        public = {f"public/{peer}": copy for peer, copy in self._public.items()}
         owed = {peer: owed.state() for peer, owed in self._owed.items()}
-        return {"start": self._start.copy(), **public, "owed": owed, "last": dict(self._last)}
+        return {"start": self._start, **public, "owed": owed, "last": dict(self._last)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._start = np.array(state["start"], dtype=np.float32)

@@ -87,7 +87,7 @@ class Gaia(Spread):
         return bool(self._gathered.any()) or super().owes(ctx)
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "gathered": self._gathered.copy(), "awaited": dict(self._awaited)}
+        return {**super().state(), "gathered": self._gathered, "awaited": dict(self._awaited)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         super().restore(state, ctx)

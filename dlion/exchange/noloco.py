@@ -140,7 +140,7 @@ class NoLoCo(Exchange):
 
     def state(self) -> dict[str, Any]:
         talk = {"partner": self._partner, "heard": dict(self._heard), "outbox": self._outbox.state()}
-        arrays = {"slow": self._slow.copy(), "velocity": self._velocity.copy(), "mine": self._mine}
+        arrays = {"slow": self._slow, "velocity": self._velocity, "mine": self._mine}
         return {**arrays, **talk, "round": self.round, "steps": self._steps}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:

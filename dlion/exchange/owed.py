@@ -143,11 +143,10 @@ class Owed:
         self._spans.clear()
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: copies."""
-        held = None if not self else self.only.flat.copy() if self.only is not None else self.flat.copy()
+        """For a checkpoint, which copies what it keeps."""
         return {
-            "sum": held,
-            "spans": dict(self._spans),
+            "sum": None if not self else self.only.values if self.only is not None else self.flat,
+            "spans": self._spans,
             "cursor": self.cursor,
             "unsaid": self.unsaid,
             "cloud": self.cloud,
@@ -158,7 +157,8 @@ class Owed:
         """Inverse of ``state``, on the peer ``me``."""
         made = cls(size)
         if state["sum"] is not None:
-            made.only = Piece(np.array(state["sum"], dtype=np.float32), me, size)
+            held = state["sum"]
+            made.only = Piece(held if isinstance(held, Block) else np.array(held, dtype=np.float32), me, size)
         made._spans, made.cursor = dict(state["spans"]), tuple(state["cursor"])
         made.unsaid, made.cloud = state["unsaid"], state["cloud"]
         return made

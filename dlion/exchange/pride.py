@@ -221,8 +221,7 @@ class Pride(Spread):
 
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
-        heard = {peer: flat.copy() for peer, flat in self._heard.items()}
-        mine = {"heard": heard, "rest": self._rest.copy()}
+        mine = {"heard": self._heard, "rest": self._rest}
         return {**super().state(), **mine, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:

@@ -321,7 +321,7 @@ class Rounds(Exchange):
     def state(self) -> dict[str, Any]:
         arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": self.outer.velocity}
         counts = {"round": self.round, "steps": self._steps, "samples": self._samples, "unspoken": self._unspoken}
-        return {k: v.copy() for k, v in arrays.items() if v is not None} | counts | {"parts": self._parts.state()}
+        return {k: v for k, v in arrays.items() if v is not None} | counts | {"parts": self._parts.state()}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         flat = {k: np.array(v, dtype=np.float32) for k, v in state.items() if isinstance(v, np.ndarray)}

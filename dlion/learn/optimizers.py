@@ -20,7 +20,7 @@ class Optimizer(Protocol):
         """Turn ``gradient`` in place into the delta to be added (rate and sign applied) and return it."""
 
     def state(self) -> dict[str, Any]:
-        """Copies of all that must survive a restart: flat arrays and plain numbers by name."""
+        """All that must survive a restart: flat arrays and plain numbers by name. Whoever keeps it copies it."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
@@ -78,7 +78,7 @@ class Sgd:
         return gradient
 
     def state(self) -> dict[str, Any]:
-        return {} if self._velocity is None else {"velocity": self._velocity.copy()}
+        return {} if self._velocity is None else {"velocity": self._velocity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._velocity = np.array(state["velocity"], dtype=np.float32) if "velocity" in state else None
@@ -136,7 +136,7 @@ class AdamW:
     def state(self) -> dict[str, Any]:
         if self._sum is None or self._squares is None:
             return {"steps": 0}
-        return {"steps": self._steps, "sum": self._sum.copy(), "squares": self._squares.copy()}
+        return {"steps": self._steps, "sum": self._sum, "squares": self._squares}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._steps = int(state["steps"])

@@ -67,7 +67,7 @@ class Stateful(Protocol):
     """A workload that keeps something of its own from step to step (statistics, the place in a random stream)."""
 
     def state(self) -> dict[str, Any]:
-        """Copies of it: arrays and plain values by name."""
+        """Arrays and plain values by name. Whoever keeps it copies it."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""

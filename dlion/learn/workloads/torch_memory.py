@@ -30,9 +30,9 @@ def alias(flat: Flat) -> torch.Tensor:
 
 
 def plain(value: Any) -> Any:
-    """A state dict with arrays in the place of its tensors, for a checkpoint: copies."""
+    """A state dict with arrays in the place of its tensors, for a checkpoint; on the same memory where that can be."""
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu().numpy().copy()
+        return value.detach().cpu().numpy()
     if isinstance(value, dict):
         return {key: plain(each) for key, each in value.items()}
     return type(value)(map(plain, value)) if type(value) in (list, tuple) else value

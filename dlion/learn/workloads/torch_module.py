@@ -195,7 +195,7 @@ class TorchWorkload:
 
     def state(self) -> dict[str, Any]:
         """What a restart needs beside weights and optimizer: this peer's own buffers and the place in its draws."""
-        own = {f"buffer.{name}": _array(self.module.get_buffer(name)).copy() for name in self._own_buffers}
+        own = {f"buffer.{name}": _array(self.module.get_buffer(name)) for name in self._own_buffers}
         scale = {} if self._scale is None else {"scale": self._scale.factor, "good_steps": self._scale.good_steps}
         return {"seed": self._seed, "draws": self._draws, **scale, **own}
 

@@ -76,7 +76,7 @@ class TorchOptimizer:
         for index, entries in saved["state"].items():
             for key, value in entries.items():
                 if value is not None:
-                    state[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().numpy().copy()
+                    state[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().numpy()
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
