@@ -42,6 +42,8 @@ LAST_TURN = (1 << _TURN_BITS) - 1
 """Turn of the checkpoint that is taken when a run has drained: nothing is under way then."""
 
 Array = npt.NDArray[np.generic]
+Spool = Callable[[Array], Any]
+"""Gives an array of the same type and values that nobody changes."""
 
 
 def life_of(number: int) -> int:
@@ -102,12 +104,10 @@ class Part:
 class Cuts:
     """The cut that is open at one peer, if any. ``newest``: the highest number seen in this life.
 
-    ``learner``: what is saved of it. ``spool``: an array that nobody changes, equal to the given one.
+    ``learner``: what is saved of it.
     """
 
-    def __init__(
-        self, learner: Callable[[], Mapping[str, Any]] = dict, spool: Callable[[Array], Array] = np.copy
-    ) -> None:
+    def __init__(self, learner: Callable[[], Mapping[str, Any]] = dict, spool: Spool = np.copy) -> None:
         self.newest = 0
         self.spool = spool
         self._learner = learner
@@ -198,7 +198,7 @@ class Cuts:
 # -- trees of values as text and arrays -----------------------------------------------------------------------------
 
 
-def frozen(value: Any, spool: Callable[[Array], Array] = np.copy) -> Any:
+def frozen(value: Any, spool: Spool = np.copy) -> Any:
     """``value`` with new containers and spooled arrays, one after the other; all else never changes (Blocks,
     Messages)."""
     if isinstance(value, np.ndarray):

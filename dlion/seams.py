@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dlion.compute import Compute
-from dlion.cut import Array, Part
+from dlion.cut import Part, Spool
 from dlion.learn.batching import Batcher
 from dlion.learn.trainer import Trainer
 from dlion.neighbours import DialSettings
@@ -61,8 +61,8 @@ class Seams:
     """Called in the exchange lane with (t, step, view, replica) every ``evaluate_every_s``; keeps neither."""
     keep: Callable[[Part], None] | None = None
     """Given our part of every cut that is whole here; must not wait. None: no checkpoints are started."""
-    spool: Callable[[Array], Array] = np.copy
-    """In the exchange lane: an array equal to the given one that stays as it is, for a part of a cut."""
+    spool: Spool = np.copy
+    """Called in the exchange lane: copies an array for a part of a cut."""
     resume: Part | None = None
     """Go on from here; all peers of the run from the same cut."""
 
