@@ -38,7 +38,9 @@ NODE_KINDS: Kinds = {
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
 CARRY_SHARE = 0.1
-"""News of others waits for more of its kind this share of ``status_every_s`` at each hop."""
+"""News of others waits for more of its kind this share of a beat at each hop, ..."""
+CARRIED_BEATS_MAX = 20
+"""... however rare beats are no longer than this many ``status_every_s``; that somebody is silent, of one."""
 
 
 class Alone(LinkError):  # noqa: N818 - what happened to the user
@@ -194,6 +196,9 @@ class Company:
         ]
         live = self.membership.roster.live
         near = [peer for peer in near if peer in live]
+        for peer in near:
+            if not connections[peer].session.idle:
+                connections[peer].ask()
         return all(connections[p].session.idle for p in near) and farewell.complete(near, live, leaving)
 
     # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
@@ -271,9 +276,18 @@ class Company:
             self._turn(roster.hear(record, message.hop, now))
             if record.silent and roster.hears(record.peer, now):  # let it refute that
                 self.tell((record.peer,), replace(message, origin=PeerId("")))
-        if self._carrying is None and self._topology.talk != "mesh":
-            pause_s = CARRY_SHARE * self._settings.status_every_s
-            self._carrying = asyncio.get_running_loop().call_later(pause_s, self._carry)
+        if self._topology.talk != "mesh":
+            self._carry_soon(urgent=any(record.silent for record in records))
+
+    def _carry_soon(self, *, urgent: bool) -> None:
+        period_s = self._settings.status_every_s
+        beat_s = period_s if urgent else min(self.membership.roster.beat_s, CARRIED_BEATS_MAX * period_s)
+        loop, pause_s = asyncio.get_running_loop(), CARRY_SHARE * beat_s
+        if self._carrying is not None:
+            if self._carrying.when() <= loop.time() + pause_s:
+                return
+            self._carrying.cancel()
+        self._carrying = loop.call_later(pause_s, self._carry)
 
     def _carry(self) -> None:
         """Pass news on. Waiting for our own turn to speak would make far peers seem silent."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dlion.learn.trainer import StepResult
+from dlion.mesh.roster import FEW
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId
 from dlion.net.connection import Connection
@@ -22,6 +23,8 @@ VOID_ABOVE = 0.02
 """A run whose machine missed the modelled pace by more than this share says nothing about time."""
 REASON_CHARS_MAX = 300
 LAGS_PER_EVENT = 10
+QUIET_PERIODS = 10
+"""From one line about a link that was never full to its next, where there are many."""
 
 
 @dataclass
@@ -47,6 +50,9 @@ class Journal:
         self._log = log
         self._now = now
         self._lags = 0
+        self._many = len(topology.peers) > FEW
+        self._quiet: dict[PeerId, tuple[int, tuple[float, bool] | None]] = {}
+        """For how many periods more a link that stays as it was is not worth a line."""
 
     def write(self, event: Event) -> None:
         self._log.write(event)
@@ -113,13 +119,20 @@ class Journal:
         self._log.write(runlog.Refuse(t=self._now(), peer=peer, reason=reason))
 
     def links(self, connections: Mapping[PeerId, Connection], interval_s: float) -> None:
+        """Of a peer among few, all of them every time; else a quiet one now and then."""
         for peer, connection in connections.items():
             session = connection.session
+            full_s, up = connection.full_s, connection.connected
+            age, before = self._quiet.get(peer, (0, None))
+            if age and self._many and (full_s, up) == before and not session.queued_bytes:
+                self._quiet[peer] = age - 1, before
+                continue
+            self._quiet[peer] = QUIET_PERIODS - 1, (full_s, up)
             self._log.write(
                 runlog.Link(
                     t=self._now(),
                     peer=peer,
-                    up=connection.connected,
+                    up=up,
                     rate_bps=round(connection.rate_bps, 1),
                     available_bps=self.available_bps(peer),
                     rtt_s=round(connection.rtt_s, 6),
@@ -127,7 +140,7 @@ class Journal:
                     queued=session.queued_bytes,
                     sent_bytes=session.sent_bytes,
                     acked_bytes=session.acked_bytes,
-                    saturated=round(self.meter.saturated(peer, connection.full_s, interval_s), 3),
+                    saturated=round(self.meter.saturated(peer, full_s, interval_s), 3),
                     shown_bytes=session.estimate.shown_bytes,
                     shown_s=round(session.estimate.shown_s, 6),
                 )

@@ -48,7 +48,7 @@ class DialSettings:
     backoff_min_s: float = 0.1
     backoff_max_s: float = 5.0
     quarantine_s: float = 30.0
-    heartbeat_s: float = 1.0
+    heartbeat_s: float = 3.0
 
 
 CUT = "cut:"

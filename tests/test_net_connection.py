@@ -12,7 +12,7 @@ import pytest
 
 from dlion import clock
 from dlion.net.chunks import DATA, HEADER, Bye, ProtocolError
-from dlion.net.connection import Connection
+from dlion.net.connection import HEARTBEAT_S, Connection
 from dlion.net.greeting import EARLY_BYTES_MAX, HELLO_BYTES_MAX, Greeting
 from dlion.net.link import Link, LinkError, feed
 from dlion.net.pipe import BACKLOG_BYTES_MAX, pipe
@@ -88,9 +88,12 @@ async def test_messages_and_answers_flow_and_come_to_rest() -> None:
     await asyncio.sleep(0.1)
     assert b.heard == [(UPDATE, seq, b"ask") for seq in (1, 2, 3)]
     assert a.heard == [(UPDATE, seq, b"answer") for seq in (1, 2, 3)]
-    assert a.connection.session.idle and b.connection.session.idle
+    a.connection.ask()
+    b.connection.ask()
+    await asyncio.sleep(0.1)
+    assert a.connection.session.idle and b.connection.session.idle, "little is acknowledged when asked for"
     await asyncio.sleep(10.0)
-    assert asyncio.get_running_loop().time() - a.connection.last_heard <= 1.0
+    assert asyncio.get_running_loop().time() - a.connection.last_heard <= HEARTBEAT_S
     a.connection.close()
     b.connection.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import struct
 
@@ -21,6 +22,7 @@ SMALL = SessionLimits(
     window_bytes_initial=4_000,
     chunk_bytes_min=512,
     chunk_bytes_max=2_048,
+    ack_bytes_min=0,
 )
 Said = list[tuple[int, int, bytes]]
 
@@ -278,6 +280,22 @@ def test_acknowledgements_ride_along_or_leave_in_time() -> None:
     assert a.idle
     due = a.ack_at
     assert HEADER.unpack(drain(a, due)) == (ACK, UPDATE, round((due - 0.001) * 1e4), 1_000, 5)
+
+
+def test_little_is_acknowledged_by_a_sign_of_life_and_much_in_time() -> None:
+    a, b = pair(dataclasses.replace(SMALL, ack_bytes_min=512))
+    drain(a, 0.0)
+    drain(b, 0.0)
+    a.send(UPDATE, b"x", 0.0)
+    deliver(b, drain(a, 0.0), 0.0)
+    assert b.ack_at == float("inf") and drain(b, 9.0) == b"", "it waits for something to ride on"
+    b.sign(9.0)
+    assert deliver(a, drain(b, 9.0), 9.0) == [] and a.idle, "and is a sign of life itself"
+    b.sign(10.0)
+    assert HEADER.unpack(drain(b, 10.0))[0] == PING, "with nothing to acknowledge, only a PING is one"
+    a.send(UPDATE, bytes(600), 11.0)
+    deliver(b, drain(a, 11.0), 11.0)
+    assert 11.0 < b.ack_at <= 11.02
 
 
 def test_a_ping_comes_back_and_goodbye_is_heard() -> None:

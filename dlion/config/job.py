@@ -117,7 +117,8 @@ class Evaluate(Table, frozen=True):
 
 
 class NodeTable(Table, frozen=True):
-    heartbeat_s: PositiveSeconds = 1.0
+    heartbeat_s: PositiveSeconds = 3.0
+    """The longest silence on a link."""
     suspect_after_s: PositiveSeconds = 5.0
     lost_after_s: PositiveSeconds = 2.0
     """A neighbour whose link is lost and cannot be dialled again is not waited for any longer."""

@@ -105,7 +105,7 @@ class Roster:
         self.records: dict[PeerId, Record] = {p: Record(p) for p in sorted({me.peer, *others})}
         self.beat_s = period_s * max(1, len(self.records) - FEW)
         """From one beat of a peer to its next, at most."""
-        self._far_silent_after_s = silent_after_s + self.beat_s - period_s
+        self._far_silent_after_s = silent_after_s + 2 * (self.beat_s - period_s)
         self._beat_at = -math.inf
         self._near_at: dict[PeerId, float] = {}
         """When bytes last came from those who have a link to us."""

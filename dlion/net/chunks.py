@@ -102,6 +102,11 @@ class ChunkReader:
         self._skip = 0
         self._direct = False
 
+    @property
+    def between(self) -> bool:
+        """No message is half read."""
+        return all(stream.message is None for stream in self.streams)
+
     def cursors(self) -> dict[int, int]:
         """Bytes received of each stream: where the other end has to go on."""
         return {index: stream.cursor for index, stream in enumerate(self.streams)}

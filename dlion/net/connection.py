@@ -14,7 +14,7 @@ from dlion.net.greeting import Greeting
 from dlion.net.link import Link
 from dlion.net.session import NEVER, Buffer, Session
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 3.0
 JOIN_BYTES_MAX = 32 * 1024
 """Buffers below this together are joined: one write costs more than the copy."""
 OnMessage = Callable[[int, int, memoryview], None]
@@ -211,12 +211,18 @@ class Connection:
         else:
             self._arm_ack(self._loop.time())
 
+    def ask(self) -> None:
+        """Have the other end acknowledge what it has, now."""
+        if self._ear is not None and not self.session.asking:
+            self.session.ping()
+            self._pump_soon()
+
     def _beat(self) -> None:
         """Say something if we have been silent, and look again when we may have been."""
         now = self._loop.time()
         silent_until = self._last_written + self.heartbeat_s
         if now >= silent_until:
-            self.session.ping()
+            self.session.sign(now)
             self._pump_soon()
             silent_until = now + self.heartbeat_s
         self._beat_timer = self._loop.call_at(silent_until, self._beat)

@@ -61,6 +61,8 @@ class SessionLimits:
     """The queue we build in front of the bottleneck; a control message waits so long at most, and a chunk more."""
     ack_held_s_max: float = 0.02
     ack_held_s_min: float = 0.005
+    ack_bytes_min: int = 4 * 1024
+    """Less than this is acknowledged by what leaves next, be it only a sign of life."""
 
     def __post_init__(self) -> None:
         if not LENGTH_BYTES < self.chunk_bytes_min <= min(self.chunk_bytes_max, self.unacked_bytes_max):
@@ -134,6 +136,8 @@ class Session:
         self._ping: int | None = None
         self._pong: int | None = None
         self._ping_wanted = False
+        self._small = False
+        """What has arrived is not acknowledged yet, and too little to be worth a frame of its own."""
         self.peer_bye: Bye | int | None = None
         self.queued_bytes = 0
         """Bytes of all streams that wait to be sent, whether or not the window has room."""
@@ -170,6 +174,18 @@ class Session:
         """Send a PING with the next bytes: a sign of life, and a round-trip time when it comes back."""
         self._ping_wanted = True
 
+    def sign(self, now: float) -> None:
+        """Send a sign of life with the next bytes: what we owe anyway, or a PING."""
+        if self._small or self._ack_at != NEVER:
+            self._ack_at = now
+        else:
+            self._ping_wanted = True
+
+    @property
+    def asking(self) -> bool:
+        """A PING is out that was not answered yet; acknowledgements come with the answer."""
+        return self._ping is not None
+
     def bye(self, code: Bye) -> bytes:
         """The frame that says why the link is closed; nothing may follow it."""
         return HEADER.pack(BYE, 0, 0, code, 0)
@@ -192,6 +208,7 @@ class Session:
         self._tune()
         self._acked_cursors = [0] * STREAMS
         self._ack_at = now if any(self._reader.cursors().values()) else NEVER
+        self._small = False
         self._arrived_at = now
         self._ping = self._pong = None
         self._ping_wanted = True
@@ -255,8 +272,9 @@ class Session:
 
     def _signals(self, now: float, buffers: list[Buffer]) -> None:
         """Append what rides along: acknowledgements, PING and PONG."""
-        if self._ack_at != NEVER:
+        if self._small or self._ack_at != NEVER:
             self._ack_at = NEVER
+            self._small = False
             self._reader.arrived_bytes = self._arrived_bytes = 0
             held = min(round((now - self._arrived_at) / HELD_UNIT_S), HELD_MAX)
             arrived_ticks = int(self._arrived_at * MICROSECONDS) % CLOCK_TICKS
@@ -306,6 +324,8 @@ class Session:
             self._arrived_at = now
             if reader.chunk_ended and reader.arrived_bytes >= ACK_BYTES:
                 self._ack_at = now
+            elif reader.arrived_bytes < limits.ack_bytes_min and reader.between:
+                self._small = True
             elif self._ack_at == NEVER:
                 self._ack_at = now + min(max(self.estimate.rtt_s / 4, limits.ack_held_s_min), limits.ack_held_s_max)
         reader.chunk_ended = False
