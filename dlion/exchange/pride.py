@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, compress, dense
-from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech, Timer, Update
+from dlion.exchange.base import Action, Add, Context, LinkView, Member, Send, Speech, Timer, Update
 from dlion.exchange.owed import Owed, Piece, exact
 from dlion.exchange.spread import Account, Spread
 from dlion.messages import Message, PeerId, Span
@@ -47,15 +47,22 @@ ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Enco
 
 @dataclass
 class Assumed:
-    """An own step, done at ``at``, that others were assumed to do too: ``factors`` by whom we shall hear of theirs."""
+    """An own step, done from ``since`` to ``at``, that others were assumed to do too: ``whole`` by whom we shall hear
+    of theirs, ``factors`` what of it is still a guess."""
 
+    since: float
     at: float
     values: Flat
+    whole: dict[Account, float]
     factors: dict[Account, float]
 
     @property
     def total(self) -> float:
         return sum(self.factors.values())
+
+    def guess(self, key: Account, until_s: float) -> float:
+        """What is still a guess once we know what they did until then: their part of the time since."""
+        return self.whole[key] * min(max((self.at - until_s) / max(self.at - self.since, 1e-9), 0.0), 1.0)
 
 
 class Allowance:
@@ -118,6 +125,8 @@ class Pride(Spread):
         self._via: dict[PeerId, Account] = {}
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
+        self._known_until: dict[Account, float] = {}
+        """When what we heard last had been said."""
         self._heard: dict[PeerId, Flat] = {}
         """All that each neighbour has told us."""
         self._met: dict[PeerId, str] = {}
@@ -145,7 +154,7 @@ class Pride(Spread):
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
-        assumed = Assumed(ctx.now, values, self._factors(ctx))
+        assumed = self._assume(values, ctx)
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, coverage)
@@ -185,6 +194,7 @@ class Pride(Spread):
         travelled_s = link.rtt_s / 2
         if link.rate_bps:
             travelled_s += 8 * sum(block.nbytes_max for block in message.blocks) / link.rate_bps
+        self._known_until[key] = ctx.now - travelled_s
         yield from self._take_back(key, until_s=ctx.now - travelled_s)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
@@ -231,7 +241,8 @@ class Pride(Spread):
         self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
-            self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
+            stranger = (PeerId(""), False)
+            self._assumed.append(Assumed(-np.inf, -np.inf, values, {stranger: 1.0}, {stranger: 1.0}))
 
     @property
     def state_bytes(self) -> int:
@@ -314,15 +325,34 @@ class Pride(Spread):
     def _factors(self, ctx: Context) -> dict[Account, float]:
         """What the others are assumed to do while we do one step, in our weighed steps, by whom we hear of it; all
         together no more than makes a whole local step of ours, nor than our samples can speak for."""
-        mine, factors = ctx.members[ctx.me].samples_per_s, dict[Account, float]()
-        if not self.speculation or not mine:
+        factors = dict[Account, float]()
+        if not self.speculation:
             return factors
-        for peer, key in sorted(self._via.items()):
-            if peer in ctx.members and ctx.now - self._heard_at[key] <= self.trust_steps * ctx.step_s:
-                factors[key] = factors.get(key, 0.0) + self.speculation * ctx.members[peer].samples_per_s / mine
+        for peer, member in ctx.members.items():
+            key = self._via.get(peer, (peer, False))
+            if peer == ctx.me or key[0] not in ctx.links:
+                continue
+            if ctx.now - self._heard_at.setdefault(key, ctx.now) <= self.trust_steps * ctx.step_s:
+                factors[key] = factors.get(key, 0.0) + self.speculation * self._speed(member, ctx)
         most = min(max(1.0 / ctx.share - 1.0, 0.0), ECHO_MAX)
         scale = min(1.0, most / max(sum(factors.values()), most, 1e-9))
         return {key: scale * factor for key, factor in factors.items()}
+
+    @staticmethod
+    def _speed(member: Member, ctx: Context) -> float:
+        """How fast a peer moves, ourselves being 1; until both are known, as its batch tells."""
+        mine = ctx.members[ctx.me].samples_per_s
+        if mine and member.samples_per_s:
+            return member.samples_per_s / mine
+        return ctx.share_of(member.peer) / ctx.share
+
+    def _assume(self, values: Flat, ctx: Context) -> Assumed:
+        """Of what others did during this step, we assume what we do not know yet."""
+        assumed = Assumed(ctx.now - ctx.step_s, ctx.now, values, self._factors(ctx), {})
+        for key in assumed.whole:
+            if (guess := assumed.guess(key, self._known_until.get(key, -np.inf))) > 0:
+                assumed.factors[key] = guess
+        return assumed
 
     def _drop(self) -> Add:
         """The oldest assumption is given up."""
@@ -332,7 +362,9 @@ class Pride(Spread):
     def _take_back(self, key: Account, until_s: float) -> Iterator[Add]:
         """What was assumed until then of those we hear of by ``key`` is no guess any more."""
         for a in self._assumed:
-            if a.at <= until_s and (factor := a.factors.pop(key, 0.0)):
-                yield Add(a.values, -factor)
+            if (before := a.factors.pop(key, 0.0)) and (guess := a.guess(key, until_s)):
+                a.factors[key] = min(guess, before)
+            if before > (left := a.factors.get(key, 0.0)):
+                yield Add(a.values, left - before)
         while self._assumed and not self._assumed[0].factors:
             self._assumed.popleft()
