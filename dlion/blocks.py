@@ -134,10 +134,12 @@ class Block:
             target[places] = added
 
 
-def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0) -> Block:
-    """All of ``array`` (1-d float32). Raises ValueError when an entry is NaN or infinite."""
+def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0, copy: bool = True) -> Block:
+    """All of ``array`` (1-d float32). ``copy`` False: it will not change. Raises ValueError when an entry is NaN or
+    infinite."""
     codes, scales = _quantise(array, encoding)
-    return Block(start, array.size, encoding, codes.copy() if codes is array else codes, scales, None, array.size)
+    own = codes.copy() if copy and codes is array else codes
+    return Block(start, array.size, encoding, own, scales, None, array.size)
 
 
 def sparse(

@@ -30,7 +30,7 @@ class Piece:
     @cached_property
     def block(self) -> Block:
         """The whole update, exactly: as it was heard, or float32 without its zeros where these are many."""
-        return self.values if isinstance(self.values, Block) else exact(self.values)
+        return self.values if isinstance(self.values, Block) else exact(self.values, copy=False)
 
     @cached_property
     def flat(self) -> Flat:
@@ -40,6 +40,15 @@ class Piece:
         flat = np.zeros(self.size, dtype=np.float32)
         self.values.add_to(flat)
         return flat
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays that it keeps alive."""
+        values = self.values
+        if not isinstance(values, Block):
+            return values.nbytes
+        places = 0 if values.indices is None else values.indices.nbytes
+        return values.codes.nbytes + places + (4 * self.size if "flat" in vars(self) else 0)
 
     def spectrum(self, layout: Layout) -> Spectrum:
         """Its magnitudes per tensor, scanned once however many neighbours choose from them (largest budget first)."""
@@ -93,6 +102,7 @@ class Owed:
 
     @property
     def nbytes(self) -> int:
+        """Of the sum; an update that is only referred to is its ``Piece``'s."""
         return 0 if self._sum is None else self._sum.nbytes
 
     def spectrum(self, layout: Layout) -> Spectrum:
@@ -132,8 +142,9 @@ class Owed:
         return dense(self.flat[start:stop], start=start)
 
     def everything(self) -> Block:
-        """All that is owed, exactly: the update as it came, else float32, sparse where that is smaller."""
-        self._whole = self.only.block if self.only is not None else exact(self.flat)
+        """All that is owed, exactly: the update as it came, else float32, sparse where that is smaller. Say it before
+        anything is added: it may lie where the sum does."""
+        self._whole = self.only.block if self.only is not None else exact(self.flat, copy=False)
         return self._whole
 
     def clear(self) -> None:
@@ -167,13 +178,12 @@ class Owed:
         return block.indices is None and block.size == self.size and block.encoding is Encoding.F32
 
 
-def exact(flat: Flat, *, start: int = 0) -> Block:
-    """``flat`` without loss, in the smaller of two forms; an empty block when all is zero."""
-    mask = flat != 0
-    count = int(np.count_nonzero(mask))
+def exact(flat: Flat, *, start: int = 0, copy: bool = True) -> Block:
+    """``flat`` without loss, in the smaller of two forms; an empty block when all is zero. ``copy``: as ``dense``."""
+    count = int(np.count_nonzero(flat))
     if block_bytes(Encoding.F32, flat.size, count) < block_bytes(Encoding.F32, flat.size):
-        return sparse(flat, np.flatnonzero(mask), Encoding.F32, start=start, scanned=flat.size)
-    return dense(flat, start=start)
+        return sparse(flat, np.flatnonzero(flat), Encoding.F32, start=start, scanned=flat.size)
+    return dense(flat, start=start, copy=copy)
 
 
 def _add(target: Flat, values: Flat | Block) -> None:

@@ -211,4 +211,5 @@ class Spread(Exchange):
 
     @property
     def state_bytes(self) -> int:
-        return super().state_bytes + sum(owed.nbytes for owed in self.owed.values())
+        pieces = {id(owed.only): owed.only.nbytes for owed in self.owed.values() if owed.only is not None}
+        return super().state_bytes + sum(owed.nbytes for owed in self.owed.values()) + sum(pieces.values())

@@ -1,0 +1,170 @@
+"""What a peer keeps in memory: what it says that it keeps, one message, and nothing more for a checkpoint."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dlion.checkpoint import CheckpointStore
+from dlion.cli.keep import to_checkpoint
+from dlion.company import NODE_KINDS
+from dlion.cut import Cuts
+from dlion.exchange import find
+from dlion.exchange.base import Context, Exchange, LinkView, Member, Update
+from dlion.lane import Fired, Heard, Replica, TakeCut
+from dlion.learn.optimizers import Sgd
+from dlion.learn.schedules import Constant
+from dlion.learn.trainer import Trainer
+from dlion.learn.workload import Evaluation, Indices
+from dlion.messages import PeerId, Stream
+from dlion.tensors import Flat, Layout, Tensors
+from dlion.wire.admit import Admit
+from dlion.wire.limits import Limits
+
+SIZE, STEPS, STEP_S = 400_000, 5, 0.1
+MODEL_BYTES = 4 * SIZE
+ME, OTHERS = PeerId("me"), (PeerId("p1"), PeerId("p2"), PeerId("p3"))
+
+
+class Noise:
+    """A ``Workload`` that needs no memory of its own."""
+
+    layout = Layout(("a", "b"), ((SIZE // 2,), (SIZE // 2,)))
+    train_size = global_train_size = 1000
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(1)
+
+    def initial(self, seed: int) -> Tensors:
+        return Tensors(self.layout, np.zeros(SIZE, dtype=np.float32))
+
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        self._rng.standard_normal(out=out, dtype=np.float32)
+        return 1.0
+
+    def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
+        return Evaluation(0.0, 1.0, 0)
+
+
+class Everybody:
+    def __init__(self, peers: tuple[PeerId, ...]) -> None:
+        self._peers = peers
+
+    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
+        return self._peers if came_from is None else ()
+
+
+class Peer:
+    """Both lanes of one peer, without a loop: replica, snapshot, momentum, strategy."""
+
+    def __init__(self, me: PeerId, others: tuple[PeerId, ...], exchange: Exchange, room: int):
+        self.exchange, self.room = exchange, room
+        weights = np.zeros(SIZE, dtype=np.float32)
+        seen = weights.view()
+        seen.flags.writeable = False
+        self.ctx = ctx = Context(me, me, Noise.layout, seen, np.random.default_rng(0), Everybody(others))
+        ctx.members = {peer: Member(peer, peer, samples_per_s=100.0, batch=8) for peer in (me, *others)}
+        ctx.links = {peer: LinkView(peer, peer, False, 8e6, 0.05, room) for peer in others}
+        ctx.batch, ctx.global_batch, ctx.step_s = 8, 8 * (1 + len(others)), STEP_S
+        self.trainer = Trainer(Noise(), Sgd(momentum=0.9), Constant(0.1), 1)
+        self.cuts, admit = Cuts(self.trainer.state), Admit(SIZE, exchange.speaks, NODE_KINDS)
+        self.replica = Replica(exchange, ctx, weights, admit, Limits.of(SIZE), cuts=self.cuts)
+        self.snapshot = np.empty(SIZE, dtype=np.float32)
+        self.state_bytes = 0
+
+    def step(self, number: int, heard: Mapping[PeerId, list[bytes]]) -> list[bytes]:
+        """One local step, and what the others say meanwhile; what we said."""
+        now = STEP_S * number
+        for link in self.ctx.links.values():
+            link.writable_bytes = self.room
+        self.replica.snapshot_into(self.snapshot)
+        items: list[Update | Heard | Fired] = [self._update(number)]
+        items += [
+            Heard(p, Stream.UPDATE, number, bodies[number]) for p, bodies in heard.items() if number < len(bodies)
+        ]
+        said = []
+        while items:
+            outcome = self.replica.run([items.pop(0)], now)
+            items += [Fired(timer.key) for timer in outcome.timers]
+            said += [spoken.body for spoken in outcome.sends]
+            self.state_bytes = max(self.state_bytes, self.exchange.state_bytes)
+            del outcome
+            if heard:
+                said.clear()  # the links' from now on
+        return said
+
+    def _update(self, number: int) -> Update:
+        result = self.trainer.step(self.snapshot, 8, 0.0)
+        return Update(number, result.values, result.loss, result.samples, 0.1, STEP_S)
+
+
+def made(name: str) -> Exchange:
+    settings = {"residual": True, "transfer": "off"} if name == "dlion" else {}
+    return find(name)(**settings)
+
+
+# replica, snapshot, gradient (then the update), momentum: beside the strategy's own
+@pytest.mark.parametrize(
+    ("name", "room", "messages"),
+    [
+        ("pride", 100_000, 0),
+        ("pride", 4_000_000, 0),
+        ("dlion", 100_000, 1),
+        ("dlion", 4_000_000, 1),
+        ("full", 4_000_000, 1),
+    ],
+)
+def test_a_peer_keeps_what_it_declares_and_a_tenth(name: str, room: int, messages: int) -> None:
+    """Whether links are slow (``room`` bytes a step) or not. Dense float32 is as large as the model, so a strategy that
+    says so has ``messages`` of that size in hand when it codes one; what is under way is its links'."""
+    heard = {}
+    for other in OTHERS:
+        teller = Peer(other, (ME,), made(name), 4_000_000)
+        heard[other] = [body for number in range(STEPS) for body in teller.step(number, {})]
+        assert heard[other]
+        del teller
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        peer = Peer(ME, OTHERS, made(name), room)
+        for number in range(STEPS):
+            peer.step(number, heard)
+        used = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    bound = 4 * MODEL_BYTES + peer.state_bytes
+    assert 4 * MODEL_BYTES <= used <= 1.1 * bound + messages * MODEL_BYTES, (used / MODEL_BYTES, bound / MODEL_BYTES)
+
+
+def test_a_checkpoint_adds_no_array_of_the_models_size(tmp_path: Path) -> None:
+    """From the cut in the lane until it is on the disk: weights, momentum, three sums owed."""
+    store = CheckpointStore(tmp_path)
+    peer = Peer(ME, OTHERS, made("dlion"), 0)
+    peer.cuts.spool = store.spool
+    for number in range(3):
+        peer.step(number, {})
+    tracemalloc.start()
+    try:
+        peer.replica.run([TakeCut()], 1.0)
+        cut = tracemalloc.get_traced_memory()[1]
+        weights = peer.ctx.weights.copy()
+        peer.step(3, {})
+        for other in OTHERS:
+            for stream in Stream:
+                peer.cuts.mark(peer.cuts.newest, other, stream, 0)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        part = peer.replica.run([], 1.0).part
+        assert part is not None
+        store.write(to_checkpoint(part, Noise.layout, {}))
+        written = tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+    assert max(cut, written) < MODEL_BYTES / 4
+    found = store.latest().checkpoint
+    assert found is not None and sum(array.nbytes for array in found.arrays.values()) >= 4 * MODEL_BYTES
+    assert np.array_equal(found.weights.flat, weights), "what was spooled moved on with the training"
