@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from node_runs import net, run
 
 from dlion.exchange import EXCHANGES, find
 from dlion.exchange.ako import Ako
@@ -142,6 +143,26 @@ def test_hop_weighs_newer_weights_more() -> None:
     bench.step("a", ones)
     bench.step("a", ones)
     np.testing.assert_allclose(bench.seats[PeerId("a")].weights - start, 2 / 3 * 1 + 1, rtol=1e-5)
+
+
+def test_hop_skips_to_its_slowest_neighbour_and_renews_its_weights() -> None:
+    """a is at x0 while b is at x5 and c at x3: its next step makes x4 of their x3 and its own step, not of its x0."""
+    bench = Bench(partial(find("hop"), backup=2, staleness=2), 3, pace="free", layout=Layout(("w",), ((4,),)))
+    for peer in "bbbbbccc":
+        bench.step(peer, lambda p, s, w: float(ord(p)) * np.ones_like(w))
+    bench.deliver_all()
+    third = [bench.seats[PeerId("a")].exchange.state()["queues"][p][3].values for p in "bc"]
+    bench.step("a", ones)
+    np.testing.assert_allclose(bench.seats[PeerId("a")].weights, (third[0] + third[1]) / 2 + 1, rtol=1e-5)
+    assert "a -> b,c: weights 0/4 [a:3 b:4 c:2] 4 of 0+4 F32" in "\n".join(bench.transcript)
+
+
+def test_hop_with_a_straggler_that_skips_holds_the_others_less() -> None:
+    topology = net("a1 a2 a3", speeds={"a1": 8, "a2": 80, "a3": 80})
+    steps = {skip: run(topology, partial(find("hop"), skip=skip), until_s=10.0).result.steps for skip in (0, 10)}
+    assert steps[0][PeerId("a2")] < 20, "held by the pace, five ahead of the straggler"
+    assert steps[10][PeerId("a2")] > 3 * steps[0][PeerId("a2")]
+    assert steps[10][PeerId("a1")] >= 9
 
 
 def test_choco_replicas_meet_and_public_copies_are_the_same_everywhere() -> None:

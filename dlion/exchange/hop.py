@@ -3,11 +3,13 @@
 Source: Luo, Lin, Zhuo & Qian, "Hop: Heterogeneity-aware Decentralized Training", ASPLOS 2019. x_{k+1} = mean of x_k
 over the neighbourhood + own step at x_k. Update queues tagged by iteration; backup workers: reduce when all but
 ``backup`` neighbours are there; bounded staleness: weights of iteration u >= k - s count, with weight u - (k - s) + 1;
-tokens bound how far neighbours run apart (here the ``bounded`` pace).
+tokens bound how far neighbours run apart (here the ``bounded`` pace). Skipping: who is behind all its neighbours
+renews its weights with theirs of a later iteration, adds its own step, and goes on from there.
 
 Differences from the paper. When a link has been full only the newest weights are said; a neighbour that misses x_k for
-that reason takes the next one that comes. No skipping of iterations. Coverage tells whose steps have come through to a
-peer, however far away, so that the pace sees everybody. Defaults backup 1, s 5 as in the paper's experiments.
+that reason takes the next one that comes. Coverage tells whose iterations have come through to a peer, however far
+away, so that the pace sees everybody; skipped ones count as done. Defaults backup 1, s 5, at most 10 iterations skipped
+at a time as in the paper's experiments, as far as remembered; that two behind is far behind is our choice.
 """
 
 from __future__ import annotations
@@ -23,19 +25,20 @@ from dlion.messages import Message, PeerId, Span
 
 
 class Hop(Exchange):
-    """``backup``: neighbours not waited for; ``staleness``: s, in iterations."""
+    """``backup``: neighbours not waited for; ``staleness``: s, in iterations; ``skip``: most at a time (0: none)."""
 
     name = "hop"
     pace = "bounded"
     paces = ("bounded", "free", "backup")
     speaks: ClassVar[Speech] = {"weights": {}}
 
-    def __init__(self, *, backup: int = 1, staleness: int = 5) -> None:
-        if backup < 0 or staleness < 0:
-            raise ValueError(f"hop: backup and staleness must be 0 or more, got {backup} and {staleness}")
-        self.backup, self.staleness = backup, staleness
+    def __init__(self, *, backup: int = 1, staleness: int = 5, skip: int = 10) -> None:
+        if min(backup, staleness, skip) < 0:
+            raise ValueError(f"hop: backup, staleness and skip must be 0 or more, got {backup}, {staleness} and {skip}")
+        self.backup, self.staleness, self.skip = backup, staleness, skip
         self._next = 0
-        """Iterations reduced: the replica is x of this number."""
+        """Iterations reduced or skipped: the replica is x of this number."""
+        self._skipped = 0
         self._stepped = False
         self._queue: dict[PeerId, dict[int, Block]] = {}
         """Weights heard of each neighbour, by iteration; those too old to count are dropped."""
@@ -47,7 +50,7 @@ class Hop(Exchange):
         self._start = self._mine
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
-        self._last[ctx.me] = update.step
+        self._last[ctx.me] = update.step + self._skipped
         self._stepped = True
         yield Add(update.values, coverage=(Span(ctx.me, update.step, update.step),))
         yield from self._reduce(ctx)
@@ -75,28 +78,39 @@ class Hop(Exchange):
         """x_{k+1} = mean of x_k + own step, once enough neighbours' weights are here."""
         if not self._stepped:
             return
-        oldest = self._next - self.staleness
-        usable: list[tuple[int, Block]] = [(self._next, self._mine)]
-        for peer in ctx.links:
-            queue = self._queue.setdefault(peer, {0: self._start})
+        queues = {peer: self._queue.setdefault(peer, {0: self._start}) for peer in ctx.links}
+        skipped = self._far_behind(queues)
+        current = self._next + skipped
+        oldest = current - self.staleness
+        usable: list[tuple[int, Block]] = []
+        for queue in queues.values():
             for iteration in [i for i in queue if i < oldest]:
                 del queue[iteration]
             if queue:
-                best = max((i for i in queue if i <= self._next), default=min(queue))
-                usable.append((min(best, self._next), queue[best]))
-        if len(usable) - 1 < len(ctx.links) - self.backup:
+                best = max((i for i in queue if i <= current), default=min(queue))
+                usable.append((min(best, current), queue[best]))
+        if len(usable) < len(ctx.links) - self.backup:
             return
+        if self._next >= oldest:
+            usable.insert(0, (self._next, self._mine))
         weights = [iteration - oldest + 1 for iteration, _ in usable]
         change = np.zeros(ctx.layout.size, dtype=np.float32)
         for weight, (_, block) in zip(weights, usable, strict=True):
             block.add_to(change, weight / sum(weights))
         self._mine.add_to(change, -1.0)
         self._stepped = False
-        self._next += 1
+        self._next = current + 1
+        self._skipped += skipped
+        self._last[ctx.me] += skipped
         yield Add(change)
         self._mine = dense(ctx.weights)
         self._unsaid = set(ctx.links)
         yield from self._say(list(ctx.links), ctx)
+
+    def _far_behind(self, queues: Mapping[PeerId, Mapping[int, Block]]) -> int:
+        """How many iterations to skip: two or more behind all neighbours, to the slowest of them."""
+        behind = min((max(queue, default=0) for queue in queues.values()), default=0) - self._next
+        return min(behind, self.skip) if behind >= 2 else 0
 
     def _say(self, peers: list[PeerId], ctx: Context) -> Iterator[Action]:
         """Our newest weights, to those whose links take them."""
@@ -110,10 +124,10 @@ class Hop(Exchange):
         queues = {peer: dict(queue) for peer, queue in self._queue.items()}
         told = {"last": dict(self._last), "unsaid": set(self._unsaid)}
         blocks = {"start": self._start, "mine": self._mine, "queues": queues}
-        return {"next": self._next, "stepped": self._stepped, **blocks, **told}
+        return {"next": self._next, "skipped": self._skipped, "stepped": self._stepped, **blocks, **told}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
-        self._next, self._stepped = int(state["next"]), bool(state["stepped"])
+        self._next, self._skipped, self._stepped = int(state["next"]), int(state["skipped"]), bool(state["stepped"])
         self._start, self._mine = state["start"], state["mine"]
         self._last, self._unsaid = dict(state["last"]), set(state["unsaid"])
         self._queue = {PeerId(peer): dict(queue) for peer, queue in state["queues"].items()}
