@@ -80,13 +80,15 @@ def unit(peer: str, step: int, weights: Flat) -> Flat:
     return np.ones_like(weights)
 
 
-def test_who_was_heard_is_assumed_to_move_on_until_it_is_heard_again() -> None:
+def test_others_are_assumed_to_move_as_we_do_until_they_are_heard() -> None:
+    """From the first step on: with momentum, steps that miss what others do overshoot, and the start decides much."""
     bench = Bench(Pride, 2, layout=LAYOUT)
     a, b = bench.seats[A], bench.seats[B]
     start = a.weights.copy()
     for peer in ("a", "b"):
         bench.step(peer, unit)
-    np.testing.assert_allclose(a.weights - start, 0.5, atol=1e-6)
+    np.testing.assert_allclose(a.weights - start, 1.0, atol=1e-6)
+    np.testing.assert_allclose(a.view - start, 0.5, atol=1e-6)
     while bench.fire(bench.now):
         pass
     bench.deliver_all()

@@ -8,9 +8,9 @@ al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it toget
   told the same bytes as all others, and needs no account.
 - *Staleness costs more than imprecision.* A link that does not keep up is told all that it is owed, in the finest
   numbers that leave within ``period_s``, else the largest entries, whenever it can take something. Nobody waits.
-- *Speculation.* What a neighbour does reaches us late. Until then we assume that it moves as we do, in proportion to
-  its speed, and take that back when its word of that time arrives. Own steps are kept for this, at most
-  ``trust_steps`` of them: who is silent for longer is no longer guessed.
+- *Speculation.* What a neighbour does reaches us late. Until then we assume, from the first step on, that it moves as
+  we do, in proportion to its speed, and take that back when its word of that time arrives. Own steps are kept for
+  this, at most ``trust_steps`` of them: who is silent for longer is no longer guessed.
 - *Estates.* What a dead peer had told some and not others is settled in the drain: the first of those who heard it
   tells the rest what it had heard in all. (A neighbour costs two arrays of the model's size: owed, and heard.)
 - *The consensus view*, the replica without what is only assumed, is what is evaluated, saved and served.
@@ -47,22 +47,15 @@ ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Enco
 
 @dataclass
 class Assumed:
-    """An own step, done from ``since`` to ``at``, that others were assumed to do too: ``whole`` by whom we shall hear
-    of theirs, ``factors`` what of it is still a guess."""
+    """An own step, done at ``at``, that others were assumed to do too: ``factors`` by whom we shall hear of theirs."""
 
-    since: float
     at: float
     values: Flat
-    whole: dict[Account, float]
     factors: dict[Account, float]
 
     @property
     def total(self) -> float:
         return sum(self.factors.values())
-
-    def guess(self, key: Account, until_s: float) -> float:
-        """What is still a guess once we know what they did until then: their part of the time since."""
-        return self.whole[key] * min(max((self.at - until_s) / max(self.at - self.since, 1e-9), 0.0), 1.0)
 
 
 class Allowance:
@@ -125,8 +118,6 @@ class Pride(Spread):
         self._via: dict[PeerId, Account] = {}
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
-        self._known_until: dict[Account, float] = {}
-        """When what we heard last had been said."""
         self._heard: dict[PeerId, Flat] = {}
         """All that each neighbour has told us."""
         self._met: dict[PeerId, str] = {}
@@ -154,7 +145,7 @@ class Pride(Spread):
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
-        assumed = self._assume(values, ctx)
+        assumed = Assumed(ctx.now, values, self._factors(ctx))
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, coverage)
@@ -194,7 +185,6 @@ class Pride(Spread):
         travelled_s = link.rtt_s / 2
         if link.rate_bps:
             travelled_s += 8 * sum(block.nbytes_max for block in message.blocks) / link.rate_bps
-        self._known_until[key] = ctx.now - travelled_s
         yield from self._take_back(key, until_s=ctx.now - travelled_s)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
@@ -241,8 +231,7 @@ class Pride(Spread):
         self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
-            stranger = (PeerId(""), False)
-            self._assumed.append(Assumed(-np.inf, -np.inf, values, {stranger: 1.0}, {stranger: 1.0}))
+            self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
 
     @property
     def state_bytes(self) -> int:
@@ -346,14 +335,6 @@ class Pride(Spread):
             return member.samples_per_s / mine
         return ctx.share_of(member.peer) / ctx.share
 
-    def _assume(self, values: Flat, ctx: Context) -> Assumed:
-        """Of what others did during this step, we assume what we do not know yet."""
-        assumed = Assumed(ctx.now - ctx.step_s, ctx.now, values, self._factors(ctx), {})
-        for key in assumed.whole:
-            if (guess := assumed.guess(key, self._known_until.get(key, -np.inf))) > 0:
-                assumed.factors[key] = guess
-        return assumed
-
     def _drop(self) -> Add:
         """The oldest assumption is given up."""
         old = self._assumed.popleft()
@@ -362,9 +343,7 @@ class Pride(Spread):
     def _take_back(self, key: Account, until_s: float) -> Iterator[Add]:
         """What was assumed until then of those we hear of by ``key`` is no guess any more."""
         for a in self._assumed:
-            if (before := a.factors.pop(key, 0.0)) and (guess := a.guess(key, until_s)):
-                a.factors[key] = min(guess, before)
-            if before > (left := a.factors.get(key, 0.0)):
-                yield Add(a.values, left - before)
+            if a.at <= until_s and (factor := a.factors.pop(key, 0.0)):
+                yield Add(a.values, -factor)
         while self._assumed and not self._assumed[0].factors:
             self._assumed.popleft()
