@@ -4,15 +4,17 @@
 
 Each round times the same loop three times: plain, attached to a peer that is alone, and attached beside four neighbours
 over links shaped to ``--mbit``. Only the ratio to the plain loop of the same round says something on a busy machine.
-The neighbours run in one other process, have links to us alone, step as often as the plain loop does, and tell noise
-instead of gradients, so that they take little of the processor (they still need a core beside ours); the pace is free,
-so that nobody waits for them. Images are noise too.
+The neighbours run in one other process at the lowest priority, have links to us alone, step as often as the plain loop
+does, and are parrots: each says the first thing that it chose again and again and ignores what it hears, so that they
+take little of the processor. What they take, and what our own threads take, is told per step, since wall time alone
+says nothing where cores are short. The pace is free, so that nobody waits for them. Images are noise too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,15 +23,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 
+from dlion import exchange
+from dlion.blocks import Block
 from dlion.cli import host
 from dlion.cli.build import batcher_of, node_settings, optimizer_of, schedule_of
 from dlion.cli.peer import plan_of_peer
 from dlion.config import load_setup
+from dlion.exchange.base import Context, LinkView
+from dlion.exchange.owed import Owed
 from dlion.learn.trainer import Trainer
 from dlion.learn.workload import Evaluation, Indices
 from dlion.messages import PeerId
@@ -38,7 +44,9 @@ from dlion.tensors import Flat, Layout, Tensors
 
 ME, NEIGHBOURS = "me", ("n1", "n2", "n3", "n4")
 BATCH, RATE = 64, 0.01
-WARM_STEPS = 3
+WARM_STEPS, WARM_S = 3, 5.0
+"""Before the clock starts: of every loop; and of one with neighbours, whose links begin slowly."""
+PARROT_AFTER_S = 3.0
 START_S = 60.0
 
 
@@ -65,10 +73,28 @@ class Noise:
         return Evaluation(0.0, 1.0, 0)
 
 
+def parrots(name: str) -> None:
+    """In this process the strategy ``name`` does not listen, and once it knows its links it says one thing only."""
+    kind: Any = exchange.find(name)
+    choose, chosen = kind.say, dict[int, Block]()
+
+    def say(self: Any, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
+        if not owed.unsaid:
+            return None
+        if (id(self) not in chosen or ctx.now < PARROT_AFTER_S) and (
+            block := choose(self, owed, link, ctx)
+        ) is not None:
+            chosen[id(self)] = block
+        return chosen.get(id(self))
+
+    kind.say, kind.on_message = say, lambda *_: ()
+
+
 async def neighbours(directory: Path) -> None:
     """All four, until the parent ends us. Says their addresses on stdout, is told the parent's on stdin."""
     shapes = json.loads((directory / "layout.json").read_text())
     noise = Noise(Layout(tuple(shapes), tuple(map(tuple, shapes.values()))), np.load(directory / "start.npy"))
+    os.nice(19)
     here: dict[str, str] = {}
     known: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
 
@@ -83,6 +109,8 @@ async def neighbours(directory: Path) -> None:
 
         setup = load_setup(directory / f"{name}.toml", json.loads((directory / "sets.json").read_text()), {})
         plan = plan_of_peer(setup)
+        if name == NEIGHBOURS[0]:
+            parrots(plan.job.exchange.name)
         trainer = Trainer(noise, optimizer_of(plan.job, "delta"), schedule_of(plan.job), 0)
         learner = Learner(trainer, batcher_of(plan, PeerId(name), noise.global_train_size))
         doors = host.Doors(("127.0.0.1", 0), None, emulate=True)
@@ -147,6 +175,29 @@ def files(directory: Path, names: tuple[str, ...], mbit: float, step_s: float) -
     return directory / f"{ME}.toml"
 
 
+class Cost(NamedTuple):
+    """Seconds of a step: on the clock; of the processor, in the loop's thread, in our other threads, in neighbours."""
+
+    wall: float
+    loop: float
+    beside: float
+    neighbours: float
+
+    @classmethod
+    def now(cls) -> Cost:
+        loop = time.thread_time()
+        return cls(time.perf_counter(), loop, time.process_time() - loop, sum(map(_cpu_s, _children())))
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def _cpu_s(pid: str) -> float:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 class Bench:
     """The same model, data and optimizer settings for every loop."""
 
@@ -167,25 +218,29 @@ class Bench:
         model = cnn()
         return model, torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
 
-    def _loop(self, model: Any, optimizer: Any, step: Any) -> float:
-        """Seconds per step."""
+    def _loop(self, model: Any, optimizer: Any, step: Any, warm_s: float = 0.0) -> Cost:
         from torch.nn.functional import cross_entropy
 
-        started = 0.0
-        for number in range(WARM_STEPS + self._steps):
-            if number == WARM_STEPS:
-                started = time.perf_counter()
-            optimizer.zero_grad()
-            loss = cross_entropy(model(self._images), self._labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            step(loss)
-        return (time.perf_counter() - started) / self._steps
+        def steps(count: int) -> None:
+            for _ in range(count):
+                optimizer.zero_grad()
+                loss = cross_entropy(model(self._images), self._labels)
+                loss.backward()  # type: ignore[no-untyped-call]
+                step(loss)
 
-    def plain(self) -> float:
+        warm_until = time.perf_counter() + warm_s
+        steps(WARM_STEPS)
+        while time.perf_counter() < warm_until:
+            steps(1)
+        before = Cost.now()
+        steps(self._steps)
+        return Cost(*((after - then) / self._steps for after, then in zip(Cost.now(), before, strict=True)))
+
+    def plain(self) -> Cost:
         model, optimizer = self._made()
         return self._loop(model, optimizer, lambda _: optimizer.step())
 
-    def attached(self, directory: Path, names: tuple[str, ...], step_s: float) -> float:
+    def attached(self, directory: Path, names: tuple[str, ...], step_s: float) -> Cost:
         from dlion.torch import Options, attach
 
         path = files(directory, names, self._mbit, step_s)
@@ -200,7 +255,7 @@ class Bench:
         with four_neighbours(directory) as introduce:
             options = Options(self._sets, introduce, together=False, drain_s=1.0, start_wait_s=START_S)
             with attach(model, optimizer, path, batch_size=BATCH, options=options) as pride:
-                return self._loop(model, optimizer, pride.step)
+                return self._loop(model, optimizer, pride.step, WARM_S)
 
 
 def spread(found: list[float]) -> dict[str, float]:
@@ -221,26 +276,36 @@ def main(rounds: int, steps: int, mbit: float, sets: tuple[str, ...], as_json: b
         return
     bench = Bench(steps, dict(text.split("=", 1) for text in sets), mbit)
     plain: list[float] = []
-    ratios: dict[str, list[float]] = {"alone": [], "four neighbours": []}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("alone", "four_neighbours")}
     with tempfile.TemporaryDirectory() as directory:
         for number in range(rounds):
             before = bench.plain()
-            alone = bench.attached(Path(directory) / f"alone{number}", (ME,), before)
+            alone = bench.attached(Path(directory) / f"alone{number}", (ME,), before.wall)
             between = bench.plain()
-            four = bench.attached(Path(directory) / f"four{number}", (ME, *NEIGHBOURS), between)
+            four = bench.attached(Path(directory) / f"four{number}", (ME, *NEIGHBOURS), between.wall)
             after = bench.plain()
-            plain += [before, between, after]
-            ratios["alone"].append(2 * alone / (before + between))
-            ratios["four neighbours"].append(2 * four / (between + after))
-    found = {name.replace(" ", "_"): spread(values) for name, values in ratios.items()}
+            plain += [before.wall, between.wall, after.wall]
+            for name, cost, around in (
+                ("alone", alone, (before, between)),
+                ("four_neighbours", four, (between, after)),
+            ):
+                step, loop = (statistics.mean(getattr(each, what) for each in around) for what in ("wall", "loop"))
+                shares = {"wall": cost.wall / step, "loop": cost.loop / loop}
+                shares |= {"beside": cost.beside / loop, "neighbours": cost.neighbours / loop}
+                for what, share in shares.items():
+                    found[name].setdefault(what, []).append(share)
+    ratios = {name: {what: spread(values) for what, values in shares.items()} for name, shares in found.items()}
     if as_json:
-        click.echo(json.dumps({"plain_step_s": spread(plain), "ratios": found, "rounds": rounds, "steps": steps}))
+        click.echo(json.dumps({"plain_step_s": spread(plain), "ratios": ratios, "rounds": rounds, "steps": steps}))
         return
     click.echo(f"fashion-cnn, batch {BATCH}, one thread: a plain step takes {1000 * statistics.median(plain):.1f} ms")
-    for name, values in ratios.items():
-        limit = 1.03 if name == "alone" else 1.10
-        s = spread(values)
-        click.echo(f"{name:16} x{s['median']:.3f}  ({s['min']:.3f} to {s['max']:.3f})  limit x{limit:.2f}")
+    for name, shares in ratios.items():
+        wall, limit = shares["wall"], 1.03 if name == "alone" else 1.10
+        click.echo(
+            f"{name:16} x{wall['median']:.3f}  ({wall['min']:.3f} to {wall['max']:.3f})  limit x{limit:.2f}; "
+            f"processor: loop x{shares['loop']['median']:.2f}, beside it {shares['beside']['median']:.2f}, "
+            f"neighbours {shares['neighbours']['median']:.2f} of a plain step"
+        )
 
 
 if __name__ == "__main__":
