@@ -14,7 +14,7 @@ import numpy as np
 
 from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context
-from dlion.farewell import DONE_FIELDS, Farewell
+from dlion.farewell import DONE_FIELDS, Farewell, names_of
 from dlion.journal import Journal
 from dlion.lane import Heard, Item, MembersChanged, Writable
 from dlion.membership import Membership
@@ -37,6 +37,8 @@ NODE_KINDS: Kinds = {
 }
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
+TOGETHER_S = 0.02
+"""Last words of those who stay wait so long for others to be passed on with."""
 CARRY_SHARE = 0.1
 """News of others waits for more of its kind this share of a beat at each hop, ..."""
 CARRIED_BEATS_MAX = 20
@@ -81,6 +83,9 @@ class Company:
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
         self._carrying: asyncio.TimerHandle | None = None
+        self._parting: asyncio.TimerHandle | None = None
+        self._seen = -1
+        """Version of the roster that the lane was last told of."""
         self._spread = -1
         """All news up to this one are told to all neighbours."""
         self._put: Callable[[Item], None]
@@ -131,7 +136,7 @@ class Company:
         self._seeking = False
 
     def close(self) -> None:
-        for timer in (self._aging, self._carrying):
+        for timer in (self._aging, self._carrying, self._parting):
             if timer is not None:
                 timer.cancel()
         self.neighbours.close()
@@ -179,6 +184,10 @@ class Company:
         for records, peers in audiences.items():
             for text in news_texts(records):
                 self.tell(tuple(peers), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
+
+    def _pass_on_together(self) -> None:
+        self._parting = None
+        self.pass_on()
 
     def pass_on(self) -> None:
         """Last words go on behind what they must not overtake."""
@@ -253,12 +262,15 @@ class Company:
         match message.kind:
             case "~status":
                 self._news(message)
-            case "~done" if message.fields["peer"] not in self._topology.peers:
+            case "~done" if not self._topology.peers.keys() >= set(names_of(message)):
                 self.refuse(message.hop, "~done: of a peer that is not in the topology")
             case "~done":
-                if (last := self.farewell.hear(message)) is not None:
+                for last in self.farewell.hear(message):
                     self._turn(self.membership.roster.finished(*last))
+                if message.fields["leaving"]:
                     self.pass_on()
+                elif self._parting is None:
+                    self._parting = asyncio.get_running_loop().call_later(TOGETHER_S, self._pass_on_together)
             case "~bye":
                 self.farewell.bye(message.hop)
             case "~refused":
@@ -322,5 +334,7 @@ class Company:
             self._spread_news()
         if self._seeking:
             self.neighbours.want(self.membership.neighbours)
-        self._put(MembersChanged())
+        if self._seen != self.membership.roster.version:
+            self._seen = self.membership.roster.version
+            self._put(MembersChanged())
         self._wake()

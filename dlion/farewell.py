@@ -6,11 +6,19 @@ its origin's updates, behind them, over the same routes, so whoever has it has a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from dlion.messages import Message, PeerId
 
 DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool}
+"""``peer``: the name, or several with spaces between them."""
+NAMES_MAX = 60
+"""In one message: a field holds 4096 characters, a name 64."""
+
+
+def names_of(message: Message) -> list[PeerId]:
+    """Whose last word a ``~done`` is."""
+    return [PeerId(name) for name in str(message.fields["peer"]).split(" ")]
 
 
 class Farewell:
@@ -25,24 +33,24 @@ class Farewell:
         self._me, self._tell, self._onward = me, tell, onward
         self._done: dict[PeerId, bool] = {}
         self._byes: set[PeerId] = set()
-        self._untold: list[tuple[Message, PeerId | None]] = []
+        self._untold: list[tuple[PeerId, PeerId | None]] = []
 
     def say(self, leaving: bool) -> None:
         """Our own last word."""
         self._done[self._me] = leaving
-        self._untold.append((Message("~done", fields={"peer": self._me, "leaving": leaving}, origin=self._me), None))
+        self._untold.append((self._me, None))
 
-    def hear(self, message: Message) -> tuple[PeerId, bool] | None:
-        """Somebody's last word: (who, does it leave), or None if it is not news. A leaver's neighbour says bye: on
-        that link nothing more will come."""
-        peer, leaving = PeerId(str(message.fields["peer"])), bool(message.fields["leaving"])
-        if peer in self._done:
-            return None
-        self._done[peer] = leaving
-        self._untold.append((message, message.hop))
-        if leaving and message.hop == peer:
-            self._tell((peer,), Message("~bye"))
-        return peer, leaving
+    def hear(self, message: Message) -> list[tuple[PeerId, bool]]:
+        """Last words: (who, does it leave) of those that are news. A leaver's neighbour says bye: on that link nothing
+        more will come."""
+        leaving = bool(message.fields["leaving"])
+        news = [peer for peer in names_of(message) if peer not in self._done]
+        for peer in news:
+            self._done[peer] = leaving
+            self._untold.append((peer, message.hop))
+            if leaving and message.hop == peer:
+                self._tell((peer,), Message("~bye"))
+        return [(peer, leaving) for peer in news]
 
     def bye(self, peer: PeerId) -> None:
         """``peer`` says nothing more on its link to us."""
@@ -50,19 +58,24 @@ class Farewell:
 
     def pass_on(self) -> None:
         """Carry last words on. Call only while nothing is owed that they must stay behind."""
-        while self._untold:
-            message, came_from = self._untold.pop(0)
-            if to := self._onward(came_from, PeerId(str(message.fields["peer"]))):
-                self._tell(to, Message("~done", fields=message.fields, origin=message.origin))
+        together: dict[tuple[tuple[PeerId, ...], bool], list[PeerId]] = {}
+        untold, self._untold = self._untold, []
+        for peer, came_from in untold:
+            if to := self._onward(came_from, peer):
+                together.setdefault((to, self._done[peer]), []).append(peer)
+        for (to, leaving), peers in together.items():
+            for start in range(0, len(peers), NAMES_MAX):
+                names = " ".join(peers[start : start + NAMES_MAX])
+                self._tell(to, Message("~done", fields={"peer": names, "leaving": leaving}))
 
-    def complete(self, near: Iterable[PeerId], living: Iterable[PeerId], leaving: bool) -> bool:
+    def complete(self, near: Iterable[PeerId], living: Collection[PeerId], leaving: bool) -> bool:
         """Has everything that we must wait for been said? A leaver waits for its neighbours' byes; when everybody
         finishes, for everybody's last word."""
         if self._untold:
             return False
         if leaving:
             return all(peer in self._byes or peer in self._done for peer in near)
-        return all(peer in self._done for peer in living if peer != self._me)
+        return len(self._done) >= len(living) and all(peer in self._done for peer in living if peer != self._me)
 
     def finished(self, peer: PeerId) -> bool:
         return peer in self._done

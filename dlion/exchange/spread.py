@@ -24,9 +24,11 @@ Account = tuple[PeerId, bool]
 CROWD_MIN = 5
 """Members of a micro-cloud whose bridges gather."""
 SUMS_PER_STEP = 4
-"""What a bridge says per own step, at most, while nobody's state changes; and in which part of a step it gathers what
+"""What a bridge says per own step, at most (four times as much in the end); and in which part of a step it gathers what
 was said at the same time."""
 GATHER_SHARE = 1 / 64
+FIRST_STEP_S = 1.0
+"""Taken for a step before we have done one."""
 CALM_S = 15.0
 """Nothing is gathered for so long after somebody's state changed: of updates that come over two routes, twins are
 told by their steps, but sums have no twins."""
@@ -53,6 +55,7 @@ class Spread(Exchange):
         """When the bridges that gather now will say it."""
         self._calm_at = 0.0
         self._crowded = False
+        self._living: set[PeerId] = set()
 
     # -- what a strategy decides ---------------------------------------------------------------------------------
 
@@ -101,12 +104,15 @@ class Spread(Exchange):
 
     def on_leave(self, link: LinkView, ctx: Context) -> Iterable[Action]:
         link.writable_bytes = max(link.writable_bytes, 1)
+        self._calm_at = ctx.now + CALM_S
         return self._tell([a for a in self.owed if a[0] == link.peer], ctx, everything=True)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         """Drop the accounts of who is gone. A new neighbour (a bridge that moved, or whose other end is heard again)
         first hears how far we are: what was said meanwhile will not come, and nobody may wait for it."""
-        self._calm_at = ctx.now + CALM_S if self._last else 0.0
+        if self._last and ctx.members.keys() != self._living:
+            self._calm_at = ctx.now + CALM_S
+        self._living = set(ctx.members)
         self._crowded = sum(m.cloud == ctx.cloud for m in ctx.members.values()) >= CROWD_MIN
         near = {*ctx.links, *ctx.silent}
         self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
@@ -153,23 +159,25 @@ class Spread(Exchange):
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it: what passes through first, it is older."""
         accounts = list(accounts)
-        if not everything and self.sums and self._crowded and ctx.now >= self._calm_at:
-            gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx)}
+        if self.sums and self._crowded and ctx.now >= self._calm_at:
+            gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx, everything)}
             yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
             accounts = [a for a in accounts if a not in gathering]
         for side in (True, False):
             peers = [peer for peer, passing in accounts if passing is side and peer in ctx.links]
             yield from self._tell_side(sorted(peers, key=lambda p: (-ctx.links[p].rate_bps, p)), side, ctx, everything)
 
-    def _gathers(self, account: Account, ctx: Context) -> bool:
+    def _gathers(self, account: Account, ctx: Context, everything: bool) -> bool:
         """Does the bridge to this neighbour wait for more to say?"""
         link, owed = ctx.links[account[0]], self.owed[account]
         if link.cloud == ctx.cloud or not (owed.fresh or owed.unsaid):
             return False
         due = self._due.get(link.peer)
         if due is None:
-            earliest = self._said_at.get(link.peer, 0.0) + ctx.step_s / SUMS_PER_STEP
-            self._due[link.peer] = due = max(ctx.now + ctx.step_s * GATHER_SHARE, earliest)
+            step_s = ctx.step_s or FIRST_STEP_S
+            pause_s = step_s / SUMS_PER_STEP / (4 if everything else 1)
+            earliest = self._said_at.get(link.peer, -pause_s) + pause_s
+            self._due[link.peer] = due = max(ctx.now + step_s * GATHER_SHARE, earliest)
         if ctx.now < due:
             return True
         if link.writable_bytes > 0:
