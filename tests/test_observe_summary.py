@@ -102,6 +102,15 @@ def test_every_figure_by_hand() -> None:
     }
 
 
+def test_steps_done_again_after_a_resume_count_once() -> None:
+    """Killed after step 5, gone on from a checkpoint before step 3; then started over, which gives all of it up."""
+    first = [step(1.0 + n, n) for n in range(6)]
+    again = [step(4.5 + n, 3 + n, waited=0.5) for n in range(4)]
+    assert summarise(run_of(a=[header("a"), *first, *again]))["steps"] == {"a": 7}
+    found = summarise(run_of(a=[header("a"), *first, *again, step(1.0, 0), step(2.0, 1)]))
+    assert found["steps"] == {"a": 2} and found["samples"] == 16 and found["stalled_share"] == {"a": 0.0}
+
+
 def test_an_empty_run_has_a_summary_of_plain_json() -> None:
     summary = summarise(run_of(a=[]))
     assert json.loads(json.dumps(summary)) == summary

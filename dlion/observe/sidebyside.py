@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 from dlion.observe.read import Run
-from dlion.observe.runlog import Send, Step
-from dlion.observe.summary import Staleness, mean_accuracy, staleness_quantiles, time_to
+from dlion.observe.runlog import Send
+from dlion.observe.summary import Staleness, course, mean_accuracy, staleness_quantiles, time_to
 
 
 class Pair(TypedDict):
@@ -81,7 +81,7 @@ def cloud_bytes(run: Run) -> dict[str, float]:
 
 
 def _steps(run: Run) -> dict[str, float]:
-    return {peer: float(log[Step]["n"].size) for peer, log in run.peers.items()}
+    return {peer: float(course(log)["n"].size) for peer, log in run.peers.items()}
 
 
 def _pairs(first: dict[str, float], second: dict[str, float]) -> dict[str, Pair]:

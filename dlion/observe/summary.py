@@ -5,13 +5,13 @@ Law: pure; from a Run to plain JSON values. What the logs cannot know (hash, wal
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from dlion.observe.read import PeerLog, Run
+from dlion.observe.read import Column, PeerLog, Run
 from dlion.observe.runlog import Apply, Batch, End, Eval, Refuse, Send, Step
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -79,7 +79,8 @@ def summarise(
     ended = {peer: value for peer, value in last.items() if logs[peer][End]["t"].size} or last  # not the killed
     curve = mean_accuracy(run)
     wan, lan = sent_bytes(run)
-    batches = {peer: int(log[Step]["samples"][-1]) for peer, log in logs.items() if log[Step]["samples"].size}
+    steps = {peer: course(log) for peer, log in logs.items()}
+    batches = {peer: int(rows["samples"][-1]) for peer, rows in steps.items() if rows["samples"].size}
     return {
         "exchange": run.header.exchange,
         "job": run.header.job,
@@ -95,10 +96,10 @@ def summarise(
         "time_to": {f"{target:.2f}": time_to(curve, target) for target in targets},
         "wan_bytes": wan,
         "lan_bytes": lan,
-        "steps": {peer: log[Step]["n"].size for peer, log in logs.items()},
+        "steps": {peer: rows["n"].size for peer, rows in steps.items()},
         "stalled_share": {peer: sum(stalled_share(log).values()) for peer, log in logs.items()},
         "staleness": staleness_quantiles(run),
-        "samples": sum(int(log[Step]["samples"].sum()) for log in logs.values()),
+        "samples": sum(int(rows["samples"].sum()) for rows in steps.values()),
         "batch": {"all": _global_batch(run), "per_peer": batches},
         "refused": sum(log[Refuse]["t"].size for log in logs.values()),
         "replica_disagreement": replica_disagreement,
@@ -166,10 +167,21 @@ def sent_bytes(run: Run) -> tuple[int, int]:
     return wan, sum(int(s["bytes"].sum()) for s in sends) - wan
 
 
+def course(log: PeerLog) -> Mapping[str, Column]:
+    """The steps that led to where the peer is now: not those that it lost and did again from a checkpoint, nor those of
+    a course that was given up."""
+    steps = log[Step]
+    if not steps["n"].size:
+        return steps
+    least_after = np.minimum.accumulate(steps["n"][::-1])[::-1][1:]
+    stands = np.append(steps["n"][:-1] < least_after, True)
+    return {name: column[stands] for name, column in steps.items()}
+
+
 def stalled_share(log: PeerLog) -> dict[str, float]:
     """Time waited, by reason, as a share of the time from the start of the first step (its wait included) to the end
     of the last."""
-    steps = log[Step]
+    steps = course(log)
     if not steps["t"].size:
         return dict.fromkeys(REASONS, 0.0)
     waited = {reason: float(steps[f"waited.{reason}"].sum()) for reason in REASONS}
