@@ -160,7 +160,8 @@ class Replica:
         exchange.setup(ctx)
 
     def stage(self) -> None:
-        """Hold additions back until a ``Barrier`` (lockstep)."""
+        """Hold additions back until a ``Barrier`` (lockstep); sums of several steps have no place in its order."""
+        self.exchange.sums = False
         self._staged = []
 
     def snapshot_into(self, buffer: Flat) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
 from dlion.messages import PeerId, Span
 from dlion.selection import Spectrum
 from dlion.tensors import Flat, Layout, add_scaled
+
+
+SPANS_MAX = 32
+"""Named in one message; of more, a quarter. The others' turn comes with the next ones."""
 
 
 class Piece:
@@ -87,8 +92,11 @@ class Owed:
 
     @property
     def coverage(self) -> tuple[Span, ...]:
-        """Whose steps were added since something was last said."""
-        return tuple(Span(peer, first, last) for peer, (first, last) in sorted(self._spans.items()))
+        """Whose steps were added since they were last named; of many, those whose turn it is."""
+        named: Iterable[tuple[PeerId, tuple[int, int]]] = self._spans.items()
+        if len(self._spans) > SPANS_MAX:
+            named = islice(named, max(SPANS_MAX, -(-len(self._spans) // 4)))
+        return tuple(Span(peer, first, last) for peer, (first, last) in sorted(named))
 
     @property
     def flat(self) -> Flat:
@@ -125,9 +133,10 @@ class Owed:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
         coverage = self.coverage
         self.unsaid = max(0, self.unsaid - block.count)
-        self._spans.clear()
+        for span in coverage:
+            del self._spans[span.origin]
         if not keep or block is self._whole or self._exact(block):
-            self.clear()
+            self._settle()
         else:
             block.add_to(self.flat, -1.0)
         return coverage
@@ -148,10 +157,13 @@ class Owed:
         return self._whole
 
     def clear(self) -> None:
-        """Nothing is owed any more."""
+        """Nothing is owed any more, nor to be named."""
+        self._settle()
+        self._spans.clear()
+
+    def _settle(self) -> None:
         self.only = self._sum = self._whole = None
         self.unsaid = 0
-        self._spans.clear()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which copies what it keeps."""
