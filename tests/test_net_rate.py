@@ -23,13 +23,14 @@ def acked(
 def busy(estimate: RateEstimator, start: float, seconds: float, rate: float, rtt_s: float) -> float:
     """A sender that always has ``rate * rtt_s`` in flight on a link of just that rate; returns the time it ends."""
     chunk = rate * rtt_s / 4
-    estimate.filled()
-    flights = [estimate.sent(start, int(chunk) * count) for count in range(4)]
+    estimate.filled(True)
+    flights = [estimate.sent(start, int(chunk) * count, int(chunk)) for count in range(4)]
     now = start + rtt_s
     while now < start + seconds:
         now += rtt_s / 4
-        acked(estimate, now, int(chunk), flights.pop(0), one_way_s=rtt_s / 2)
-        flights.append(estimate.sent(now, int(chunk) * 3))
+        flight = flights.pop(0)
+        acked(estimate, now, int(chunk), flight, one_way_s=now - rtt_s / 2 - flight.sent_at)
+        flights.append(estimate.sent(now, int(chunk) * 3, int(chunk)))
     return now
 
 
@@ -49,7 +50,7 @@ def test_samples_of_a_starved_sender_raise_the_estimate_but_never_lower_it() -> 
     for nbytes, higher in ((100, False), (1_000_000, True)):
         estimate.starved(0)
         now += 60.0
-        flight = estimate.sent(now, 0)
+        flight = estimate.sent(now, 0, 1000)
         now += 0.04
         acked(estimate, now, nbytes, flight, one_way_s=0.02)
         assert (estimate.rate > before) is higher
@@ -59,7 +60,7 @@ def test_samples_of_a_starved_sender_raise_the_estimate_but_never_lower_it() -> 
 def test_the_peers_holding_time_counts_neither_as_distance_nor_against_the_rate() -> None:
     held, prompt = RateEstimator(0.1, 0.0), RateEstimator(0.1, 0.0)
     for estimate, held_s in ((held, 0.02), (prompt, 0.0)):
-        flight = estimate.sent(1.0, 0)
+        flight = estimate.sent(1.0, 0, 1000)
         acked(estimate, 1.05 + held_s, 10_000, flight, one_way_s=0.025, held_s=held_s)
     assert held.distance_s == pytest.approx(prompt.distance_s) == pytest.approx(0.05)
     assert held.rate == pytest.approx(prompt.rate)
@@ -67,7 +68,7 @@ def test_the_peers_holding_time_counts_neither_as_distance_nor_against_the_rate(
 
 def one(estimate: RateEstimator, at: float, forth_s: float, back_s: float) -> None:
     """A chunk that finds a filled link, ``forth_s`` under way; its acknowledgement ``back_s``."""
-    flight = estimate.sent(at, 10_000)
+    flight = estimate.sent(at, 10_000, 1000)
     acked(estimate, at + forth_s + back_s, 1_000, flight, one_way_s=forth_s)
 
 
@@ -102,7 +103,7 @@ def test_a_queue_far_longer_than_intended_makes_the_newest_samples_count() -> No
     """The maximum of ten round trips would keep flooding a link that has become slower."""
     estimate = RateEstimator(0.1, 0.0)
     now = busy(estimate, 0.0, 1.0, 1e6, 0.04)
-    flights = [estimate.sent(now + 0.1 * turn, 40_000) for turn in range(3)]
+    flights = [estimate.sent(now + 0.1 * turn, 40_000, 40_000) for turn in range(3)]
     for turn, flight in enumerate(flights):
         acked(estimate, now + 0.4 * (turn + 1) + 0.02, 40_000, flight, one_way_s=0.3 * (turn + 1) + 0.1)
     assert estimate.rate < 0.3e6
@@ -132,8 +133,8 @@ def test_no_history_of_samples_makes_it_absurd(history: list[tuple[float, int, f
         if starving:
             estimate.starved(0)
         else:
-            estimate.filled()
-        flight = estimate.sent(now, nbytes if starving else 0)
+            estimate.filled(True)
+        flight = estimate.sent(now, nbytes if starving else 0, 1000)
         now += wait_s
         estimate.acked(now, nbytes, flight, held_s, ticks)
         assert 0 < estimate.rate <= 1e17

@@ -201,8 +201,11 @@ class Connection:
             self._on_writable()
 
     def _arm_ack(self, now: float) -> None:
-        if self._ack_timer is None and self.session.ack_at != NEVER:
-            self._ack_timer = self._loop.call_at(self.session.ack_at, self._ack_due)
+        at, timer = self.session.ack_at, self._ack_timer
+        if at != NEVER and (timer is None or at < timer.when()):
+            if timer is not None:
+                timer.cancel()
+            self._ack_timer = self._loop.call_at(at, self._ack_due)
 
     def _ack_due(self) -> None:
         self._ack_timer = None

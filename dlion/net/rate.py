@@ -4,8 +4,16 @@ Law: arithmetic on times and byte counts passed in; no clock. Rates are bytes pe
 
 The idea of delivery-rate samples, of the windowed maximum and of application-limited samples is that of BBR (Cardwell,
 Cheng, Gunn, Yeganeh, Jacobson: "BBR: Congestion-Based Congestion Control", ACM Queue 14(5), 2016). Differences: there
-is no pacing and no gain cycle. What may be in flight is rate * (distance + queue_s): the standing queue of ``queue_s``
-makes every sample an upward probe, and a rise of the link's rate drains that queue and shows in the next samples.
+is no gain cycle. What may be in flight is rate * (distance + queue_s): the standing queue of ``queue_s`` makes every
+sample an upward probe, and a rise of the link's rate drains that queue and shows in the next samples. Pacing only
+spreads what a window that opens at once would send as a clump.
+
+Who speaks in bursts and is silent between them is measured by trains: chunks that arrive one behind the other on a link
+that never ran dry (packet pairs and trains: Dovrolis, Ramanathan, Moore: "Packet-Dispersion Techniques and a
+Capacity-Estimation Methodology", IEEE/ACM ToN 12(6), 2004). A train counts from when its first byte could have arrived,
+not from its first arrival, so a receiver that was late cannot make it look fast; and no more than the spacing of its
+arrivals shows, so others' queues cannot either. That is a lower bound, whatever was sent. The spacing alone may keep
+the estimate where it is, and lowers it.
 
 Our own queue is told from distance by one-way times: acknowledgements carry the receiver's clock, and the least of
 (arrival there - departure here) has no queue in it, whatever the two clocks show. Round trips alone would take the
@@ -16,12 +24,17 @@ longer than we meant to build says that the rate has dropped: then only the newe
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import NamedTuple
 
 LEAST_MEMORY_S = 10.0
 RATE_MEMORY_S_MIN, RATE_MEMORY_S_MAX, RATE_MEMORY_RTTS = 1.0, 10.0, 10.0
 INTERVAL_S_MIN = 1e-6
+TRAIN_S_MIN, TRAIN_S_PROOF, TRAIN_S_MAX = 0.005, 0.010, 1.0
+"""A shorter train counts as if it took so long; a shorter one proves no upper bound; of longer ones, flights tell."""
+PACE_GAIN, PACE_S, PACE_BYTES = 1.5, 0.040, 64 * 1024
+"""A burst that goes on after its first acknowledgement leaves at so many times the rate, so much of it at once."""
 CLOCK_TICKS = 1 << 32
 """The receiver's clock in microseconds wraps here (after 71 minutes)."""
 
@@ -35,6 +48,29 @@ class Flight(NamedTuple):
     delivered_at: float | None
     """Receiver's clock; None when nothing was in flight, so that the link's silence before is not counted."""
     limited: bool
+    burst: int
+    """Chunks of the same burst left while more stood waiting."""
+    place: int
+    """Bytes before the first chunk that left in the same instant."""
+    end: int
+    """Bytes up to the end of this chunk."""
+
+
+class Arrival:
+    """What the acknowledgements of all streams say of one arrival."""
+
+    __slots__ = ("flight", "held", "nbytes")
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+        self.nbytes = 0
+        self.flight: Flight | None = None
+        """The newest chunk wholly covered."""
+
+    def add(self, nbytes: int, flight: Flight | None) -> None:
+        self.nbytes += nbytes
+        if flight is not None and (self.flight is None or flight.sent_at >= self.flight.sent_at):
+            self.flight = flight
 
 
 class RateEstimator:
@@ -62,34 +98,53 @@ class RateEstimator:
         self._first_sent_at = self._acked_at = now
         self._delivered_at: float | None = None
         self._limited_until = 0
-        self._starving = True
+        self._starving = self._paused = True
+        self.pace_at = now
+        """Only then may another chunk leave, if it can wait."""
+        self._burst = 0
+        self._sent_at, self._place = -1.0, 0
+        self._train: Flight | None = None
+        """The first chunk known to have arrived of those that came one behind the other."""
+        self._train_at, self._train_bytes = 0.0, 0
         self._least_s: float | None = None
         """Least one-way time, the unknown difference of the clocks included."""
+        self._least_bytes = math.inf
+        """At least what the link carried for us in that time."""
         self._least_at = now
         self._probe_until = 0.0
         self._probe_least_s = 0.0
         self._clock_ticks = 0
         self._clock_s = 0.0
 
-    def sent(self, now: float, in_flight_bytes: int) -> Flight:
-        """A chunk leaves while ``in_flight_bytes`` are unacknowledged before it."""
+    def sent(self, now: float, in_flight_bytes: int, nbytes: int) -> Flight:
+        """A chunk of ``nbytes`` leaves while ``in_flight_bytes`` are unacknowledged before it."""
+        place = self._delivered_bytes + in_flight_bytes
+        if self._paused or not in_flight_bytes or now > self._sent_at:
+            self._sent_at, self._place = now, place
+            self._burst += self._paused or not in_flight_bytes
+            self._paused = False
         if not in_flight_bytes:
             self._first_sent_at, self._delivered_at = now, None
             if now - self._acked_at > LEAST_MEMORY_S:
                 self._least_s, self._probe_until = None, 0.0
             if self._starving:  # a new burst: what leaves before its first acknowledgement cannot fill the link
                 self._limited_until = self._delivered_bytes + 1
-        limited = self._delivered_bytes < self._limited_until or self._probe_until > 0.0
-        return Flight(now, self._first_sent_at, self._delivered_bytes, self._delivered_at, limited)
+        done, early = self._delivered_bytes, self._delivered_bytes < self._limited_until
+        if self.rate and not early:
+            at_once_s = max(PACE_S, PACE_BYTES / (PACE_GAIN * self.rate))
+            self.pace_at = max(self.pace_at, now - at_once_s) + nbytes / (PACE_GAIN * self.rate)
+        limited = early or self._delivered_at is None or self._probe_until > 0.0
+        end = place + nbytes
+        return Flight(now, self._first_sent_at, done, self._delivered_at, limited, self._burst, self._place, end)
 
     def starved(self, in_flight_bytes: int) -> None:
         """The window has room but nothing is left to send: what is in flight now proves no upper bound."""
-        self._starving = True
+        self._starving = self._paused = True
         self._limited_until = self._delivered_bytes + in_flight_bytes
 
-    def filled(self) -> None:
-        """There was more to send than the window had room for."""
-        self._starving = False
+    def filled(self, more: bool) -> None:
+        """The window is full; ``more`` waits, or it was just enough."""
+        self._starving, self._paused = False, not more
 
     def acked(self, now: float, nbytes: int, flight: Flight | None, held_s: float, arrived_ticks: int) -> None:
         """``nbytes`` more are acknowledged; ``flight`` is the newest chunk wholly covered, if any.
@@ -108,6 +163,9 @@ class RateEstimator:
         since_s = 0.0 if before is None else arrived_at - before
         if since_s > 0.0 or before is None:  # else it arrived with the one before
             self._busy = 0.0 < since_s <= queued_s
+        if self._delivered_bytes == flight.end:  # else it arrived before the newest bytes, and was under way for less
+            idle = since_s > queued_s + self._least_bytes / max(self.rate, 1.0)
+            self._least_bytes = min(self._least_bytes, nbytes if idle else flight.end - flight.delivered_bytes)
         if self._busy:  # this chunk waited all the while
             self.shown_bytes += nbytes
             self.shown_s += max(since_s, 0.0)
@@ -122,6 +180,7 @@ class RateEstimator:
         self._first_sent_at = flight.sent_at
         delivered_bytes = self._delivered_bytes - flight.delivered_bytes
         self._rate_sample(now, delivered_bytes / max(interval_s, INTERVAL_S_MIN), flight.limited)
+        self._train_sample(now, arrived_at, flight)
         if queued_s > 3 * self.queue_s and len(self._best) > 1:
             self._forget(min(self._best[-1][0], now - rtt_s))
             self.rate = self._best[0][1]
@@ -145,6 +204,8 @@ class RateEstimator:
         """How long a chunk waited in our own queue, from its one-way time."""
         least_s = self._least_s
         if least_s is None or one_way_s <= least_s:
+            if one_way_s != least_s:
+                self._least_bytes = math.inf
             self._least_s, self._least_at, self._probe_until = one_way_s, now, 0.0
             return 0.0
         queued_s = one_way_s - least_s
@@ -152,11 +213,30 @@ class RateEstimator:
             self._probe_least_s = min(self._probe_least_s, one_way_s)
             if now >= self._probe_until or queued_s <= self.queue_s / 16:
                 self._least_s, self._least_at, self._probe_until = self._probe_least_s, now, 0.0
+                self._least_bytes = math.inf
                 return one_way_s - self._probe_least_s
         elif now - self._least_at > LEAST_MEMORY_S:
             self._probe_until = now + 2 * (self.rtt_s + self.queue_s)
             self._probe_least_s = one_way_s
         return queued_s
+
+    def _train_sample(self, now: float, arrived_at: float, flight: Flight) -> None:
+        """What the chunks show that arrived one behind the other, up to this one."""
+        train, delivered_bytes = self._train, self._delivered_bytes
+        if train is None or train.burst != flight.burst or not self._busy:
+            train = self._train = flight
+            self._train_at, self._train_bytes = arrived_at, delivered_bytes
+        assert self._least_s is not None
+        took_s, since_s = arrived_at - train.sent_at - self._least_s, arrived_at - self._train_at
+        if took_s > TRAIN_S_MAX or since_s <= 0.0:
+            return
+        least = (delivered_bytes - train.place - self._least_bytes) / max(took_s, TRAIN_S_MIN)
+        most = (delivered_bytes - self._train_bytes) / since_s
+        least = min(least, most)
+        if least > self.rate:
+            self._rate_sample(now, least, True)
+        elif since_s >= TRAIN_S_PROOF:
+            self._rate_sample(now, max(least, min(most, self.rate)), False)
 
     def _rate_sample(self, now: float, rate: float, limited: bool) -> None:
         if limited:

@@ -10,7 +10,6 @@ by the window; the others together never have more unacknowledged than the link 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,7 +31,8 @@ from dlion.net.chunks import (
     ProtocolError,
     Received,
 )
-from dlion.net.rate import CLOCK_TICKS, Flight, RateEstimator
+from dlion.net.outbound import Outbound
+from dlion.net.rate import CLOCK_TICKS, Arrival, RateEstimator
 
 Buffer = bytes | bytearray | memoryview
 CONTROL = 0
@@ -73,52 +73,6 @@ class SessionFullError(Exception):
     """A stream already holds as many unacknowledged bytes as it may."""
 
 
-class _Outbound:
-    """The sending end of one stream. A message takes the places ``start`` to ``start + LENGTH_BYTES + body``."""
-
-    __slots__ = ("acked", "count", "end", "flights", "flying", "reached", "sent", "waiting")
-
-    def __init__(self) -> None:
-        self.acked = self.sent = self.end = self.count = 0
-        self.reached = 0
-        """The most that was ever sent: above ``sent`` while a new link repeats what the old one may have delivered."""
-        self.waiting: deque[tuple[int, memoryview]] = deque()
-        """Messages not wholly sent."""
-        self.flying: deque[tuple[int, memoryview]] = deque()
-        """Messages wholly sent, not wholly acknowledged."""
-        self.flights: deque[tuple[int, Flight]] = deque()
-
-    def drop_acked(self, cursor: int) -> Flight | None:
-        """The other end has everything before ``cursor``; returns the newest chunk that lies wholly before it."""
-        self.acked = cursor
-        _drop_before(self.flying, cursor)
-        if cursor > self.sent:
-            self.sent = cursor
-            _drop_before(self.waiting, cursor)
-        flights, flight = self.flights, None
-        while flights and flights[0][0] <= cursor:
-            flight = flights.popleft()[1]
-        return flight
-
-    def inside_length(self, cursor: int) -> bool:
-        """No receiver stops inside a length field."""
-        return any(start < cursor < start + LENGTH_BYTES for start, _ in (*self.flying, *self.waiting))
-
-    def rewind(self, cursor: int) -> None:
-        """Nothing after ``cursor`` arrived: all of it waits again."""
-        self.flights.clear()
-        self.waiting.extendleft(reversed(self.flying))
-        self.flying.clear()
-        _drop_before(self.waiting, cursor)
-        self.acked = self.sent = cursor
-
-
-def _drop_before(messages: deque[tuple[int, memoryview]], cursor: int) -> None:
-    """Drop the messages that end at or before ``cursor``."""
-    while messages and messages[0][0] + LENGTH_BYTES + messages[0][1].nbytes <= cursor:
-        messages.popleft()
-
-
 class Session:
     """Both directions of the talk with one incarnation of one peer. ``now`` is the caller's clock in seconds."""
 
@@ -127,7 +81,9 @@ class Session:
         self.estimate = RateEstimator(limits.queue_s, now)
         bulk = (limits.message_bytes_max,) * (STREAMS - 1)
         self._reader = ChunkReader((limits.control_message_bytes_max, *bulk))
-        self._out = [_Outbound() for _ in range(STREAMS)]
+        self._out = [Outbound() for _ in range(STREAMS)]
+        self._paced = False
+        """Something waits that may leave only at ``estimate.pace_at``."""
         self._ack_at = NEVER
         """When an acknowledgement must leave; NEVER when none is owed."""
         self._arrived_bytes = 0
@@ -220,6 +176,7 @@ class Session:
         """What may go on the link now, about one chunk; empty when nothing may. Write it all, then ask again."""
         buffers: list[Buffer] = []
         chunk_bytes = self.chunk_bytes
+        self._paced = False
         room = chunk_bytes
         if self.queued_bytes:
             for index, out in enumerate(self._out):
@@ -233,12 +190,12 @@ class Session:
         self._signals(now, buffers)
         unacked_bytes = self.unacked_bytes
         if self.queued_bytes or unacked_bytes + chunk_bytes >= self.window_bytes:
-            self.estimate.filled()
+            self.estimate.filled(self.queued_bytes > 0)
         else:
             self.estimate.starved(unacked_bytes + self._out[CONTROL].sent - self._out[CONTROL].acked)
         return buffers
 
-    def _cut(self, index: int, out: _Outbound, chunk_bytes: int, now: float, buffers: list[Buffer]) -> int:
+    def _cut(self, index: int, out: Outbound, chunk_bytes: int, now: float, buffers: list[Buffer]) -> int:
         """Append the next chunk of a stream; returns its bytes, 0 when the window has no room for it."""
         start, body = out.waiting[0]
         place = out.sent - start
@@ -246,11 +203,14 @@ class Session:
         nbytes = min(rest, chunk_bytes)
         unacked_bytes = self.unacked_bytes
         if index != CONTROL:
+            if now < self.estimate.pace_at:
+                self._paced = True
+                return 0
             nbytes = min(nbytes, self.window_bytes - unacked_bytes)
             if nbytes < min(rest, self.limits.chunk_bytes_min):
                 return 0
         control = self._out[CONTROL]
-        flight = self.estimate.sent(now, unacked_bytes + control.sent - control.acked)
+        flight = self.estimate.sent(now, unacked_bytes + control.sent - control.acked, nbytes)
         if not place:
             buffers.append(OPENING.pack(DATA, index, 0, nbytes, out.sent, body.nbytes))
             if nbytes > LENGTH_BYTES:
@@ -304,9 +264,12 @@ class Session:
         reader = self._reader
         reader.buffer_updated(nbytes)
         if reader.frames:
+            news: dict[int, Arrival] = {}
             for frame in reader.frames:
-                self._signal(frame, now)
+                self._signal(frame, now, news)
             reader.frames.clear()
+            for ticks, arrived in news.items():
+                self.estimate.acked(now, arrived.nbytes, arrived.flight, arrived.held * HELD_UNIT_S, ticks)
             self._tune()
         self._owe_ack(now)
         return self.take_messages()
@@ -330,16 +293,15 @@ class Session:
                 self._ack_at = now + min(max(self.estimate.rtt_s / 4, limits.ack_held_s_min), limits.ack_held_s_max)
         reader.chunk_ended = False
 
-    def _signal(self, frame: Frame, now: float) -> None:
+    def _signal(self, frame: Frame, now: float, news: dict[int, Arrival]) -> None:
         kind, index, held, value, offset = frame
         if kind == ACK:
             out = self._out[index]
             if offset > out.reached or (offset > out.sent and out.inside_length(offset)):
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
-                nbytes = offset - out.acked
                 self.queued_bytes -= max(0, offset - out.sent)
-                self.estimate.acked(now, nbytes, out.drop_acked(offset), held * HELD_UNIT_S, value)
+                news.setdefault(value, Arrival(held)).add(offset - out.acked, out.drop_acked(offset))
         elif kind == PING:
             self._pong = offset
         elif kind == PONG:
@@ -392,7 +354,7 @@ class Session:
     @property
     def ack_at(self) -> float:
         """When ``outgoing`` should be asked again, at the latest, for an acknowledgement's sake."""
-        return self._ack_at
+        return min(self._ack_at, self.estimate.pace_at) if self._paced else self._ack_at
 
     def sent(self, stream: int) -> int:
         """Messages ever queued on a stream."""
