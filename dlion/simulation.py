@@ -66,7 +66,7 @@ class MemoryNetwork:
         self.doors: dict[PeerId, Callable[[Link], None]] = {}
         bottlenecks = {name: Bottleneck(resource.rate) for name, resource in topology.resources.items()}
         self.routes = {
-            ends: Route(tuple(bottlenecks[r] for r in link.resources), link.delay_s, link.up)
+            ends: Route(tuple(bottlenecks[r] for r in link.resources), link.way_s, link.up)
             for ends, link in topology.links.items()
         }
         self._joined: dict[tuple[PeerId, PeerId], tuple[Link, Link]] = {}

@@ -78,7 +78,7 @@ class Lane:
     """One directed link: what it crosses, and what it carried."""
 
     crosses: tuple[Queue, ...]
-    delay_s: float
+    delay_s: Rate
     up: Rate | None
     fd: int
     arrival_s: float = 0.0
@@ -126,7 +126,9 @@ class Router:
         for (source, target), link in self.topology.links.items():
             key = self.addresses[source].packed + self.addresses[target].packed
             crosses = tuple(queues[name] for name in link.resources)
-            self._lanes[key] = Lane(crosses, link.delay_s, link.up, self.devices[target])
+            self._lanes[key] = Lane(
+                crosses, link.delays_s or Rate.constant(link.delay_s), link.up, self.devices[target]
+            )
 
     @property
     def now_s(self) -> float:
@@ -177,7 +179,7 @@ class Router:
             through = max(through, queue.bottleneck.reserve(now, nbytes))
         lane.packets += 1
         lane.nbytes += nbytes
-        lane.arrival_s = max(lane.arrival_s, through + lane.delay_s)
+        lane.arrival_s = max(lane.arrival_s, through + lane.delay_s.at(min(through, now + self.queue_s)))
         if lane.arrival_s < float("inf"):
             self._number += 1
             heappush(self._flying, (lane.arrival_s, self._number, lane, packet))

@@ -312,6 +312,38 @@ async def test_a_delay_that_shrinks_does_not_reorder() -> None:
     assert wire.arrived == [(2.0, b"first"), (2.0, b"second")]
 
 
+def test_whatever_the_delay_does_bytes_keep_their_order_and_never_come_before_their_time() -> None:
+    """Each arrives its own delay after it left, or with the one before it where the delay has fallen since."""
+    delays = st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.0, 0.5)), min_size=1, max_size=8)
+    writes = st.lists(st.tuples(st.floats(0.0, 0.3), st.integers(1, 20_000)), min_size=1, max_size=30)
+
+    @settings(max_examples=60, deadline=None)
+    @given(steps=delays, writes=writes, loop=st.booleans())
+    def check(steps: list[tuple[float, float]], writes: list[tuple[float, int]], loop: bool) -> None:
+        times = [sum(w for w, _ in steps[:i]) for i in range(len(steps))]
+        end_s = sum(w for w, _ in steps)
+        delay = Rate.steps(times, [v for _, v in steps], loop=loop, period_s=end_s if loop else None)
+
+        async def body() -> None:
+            wire, now = Wire(), asyncio.get_running_loop().time
+            link = Shaped(wire, [Bottleneck(Rate.constant(1e6))], delay)
+            Owner(link)
+            free, expected = 0.0, [0.0]
+            for i, (pause, nbytes) in enumerate(writes):
+                await asyncio.sleep(pause)
+                data = i.to_bytes(2, "big") * nbytes
+                link.write(data)
+                free = max(free, now()) + 8 * len(data) / 1e6
+                expected.append(max(expected[-1], free + delay.at(free)))
+            await asyncio.sleep(30.0)
+            assert [int.from_bytes(d[:2], "big") for _, d in wire.arrived] == list(range(len(writes)))
+            assert [t for t, _ in wire.arrived] == pytest.approx(expected[1:], abs=1e-6)
+
+        run(body())
+
+    check()
+
+
 @pytest.mark.asyncio
 async def test_in_real_time_a_late_loop_loses_no_rate() -> None:
     """The loop is blocked for 10 ms again and again; the trace's rate still comes through, and no more."""

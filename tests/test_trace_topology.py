@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dlion.config import ConfigError, load_topology
+from dlion.cli.planfile import Plan, decode_plan, encode_plan
+from dlion.config import ConfigError, load_job, load_topology
+from dlion.mesh.changes import changed, started
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
@@ -111,6 +113,41 @@ def test_churn_gives_presence(tmp_path: Path) -> None:
     assert there is not None and [there.at(t) for t in (0, 59, 61)] == [1, 1, 0]
     with pytest.raises(ConfigError, match="one of n1, n2"):
         made(tmp_path, '"1Mbit"', 'presence.b1 = { trace = "churn", format = "churn", node = "n3" }')
+
+
+def test_a_delay_may_be_a_trace_and_goes_wherever_the_topology_goes(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("when,down,rtt_half\n0,100,20\n500,300,60\n")
+    delay = '{ trace = "t.csv", format = "csv", time = "when", time_unit = "ms", column = "rtt_half", unit = "ms" }'
+    one = made(tmp_path, f'"1Mbit"\ndelay = {delay}')
+    link = one.links[A, B]
+    assert link.delay_s == pytest.approx(0.04) and link.delays_s is not None and link.way_s is link.delays_s
+    assert [link.delays_s.at(t) for t in (0.1, 0.6, 1.1)] == pytest.approx([0.02, 0.06, 0.02])
+    later = changed(started(one, 0.5), {"link.a-b.delay": 2.0}).links[A, B]
+    assert later.delays_s is not None and later.delay_s == pytest.approx(0.08)
+    assert [later.delays_s.at(t) for t in (0.1, 0.6)] == pytest.approx([0.12, 0.04])
+    plan = decode_plan(encode_plan(Plan(load_job("digits"), one, "r", (1.0, 1.0))))
+    assert plan.topology.links == one.links
+    stepped = made(tmp_path, '"1Mbit"\ndelay = { steps = [[0, "30ms"], ["10s", "80ms"]] }').links[A, B].delays_s
+    assert stepped is not None and [stepped.at(t) for t in (9, 11)] == [0.03, 0.08]
+    constant = made(tmp_path, '"1Mbit"\ndelay = "30ms"').links[A, B]
+    assert (constant.delay_s, constant.delays_s) == (0.03, None)
+
+
+@pytest.mark.parametrize(
+    ("delay", "words"),
+    [
+        ('{ trace = "t.csv", format = "csv", column = "x" }', ["wan[0].delay.unit", "ms"]),
+        ('{ trace = "t.csv", format = "csv", column = "x", unit = "ms" }', ["wan[0].delay.trace", "t.csv:3", "'-4'"]),
+        ('{ trace = "t.csv", format = "mahimahi" }', ["wan[0].delay.format", "mahimahi", "csv"]),
+        ('{ steps = [[0, "5Mbit"]] }', ["wan[0].delay.steps[0][1]", "5Mbit", "duration"]),
+        ('"-1ms"', ["wan[0].delay", "-1ms", "not negative"]),
+    ],
+)
+def test_what_is_wrong_with_a_delay_is_named(tmp_path: Path, delay: str, words: list[str]) -> None:
+    (tmp_path / "t.csv").write_text("time,x\n0,5\n1,-4\n")
+    with pytest.raises(ConfigError) as refused:
+        made(tmp_path, f'"1Mbit"\ndelay = {delay}')
+    assert [word for word in words if word not in str(refused.value)] == []
 
 
 @real

@@ -88,7 +88,8 @@ def routes_of(plan: Plan, me: PeerId, zero_s: float) -> dict[str, Route]:
             for name in link.resources:
                 bottlenecks.setdefault(name, Bottleneck(topology.resources[name].rate.shifted(-zero_s)))
             up = None if link.up is None else link.up.shifted(-zero_s)
-            routes[target] = Route(tuple(bottlenecks[name] for name in link.resources), link.delay_s, up)
+            way_s = link.delay_s if link.delays_s is None else link.delays_s.shifted(-zero_s)
+            routes[target] = Route(tuple(bottlenecks[name] for name in link.resources), way_s, up)
     return routes
 
 

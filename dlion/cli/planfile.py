@@ -52,6 +52,7 @@ class _Link(msgspec.Struct):
     resources: tuple[str, ...]
     delay_s: float
     up: int | None = None
+    delays: int | None = None
 
 
 class _Topology(msgspec.Struct):
@@ -134,7 +135,9 @@ def _packed(topology: Topology) -> _Topology:
     resources = [
         _Resource(r.name, r.kind, index.setdefault(r.rate, len(index)), r.owner) for r in topology.resources.values()
     ]
-    links = [_Link(k.source, k.target, k.resources, k.delay_s, of(k.up)) for k in topology.links.values()]
+    links = [
+        _Link(k.source, k.target, k.resources, k.delay_s, of(k.up), of(k.delays_s)) for k in topology.links.values()
+    ]
     return _Topology(
         talk=topology.talk,
         about=topology.about,
@@ -162,7 +165,9 @@ def _unpacked(name: str, file: _Topology) -> Topology:
         )
         for p in file.peers
     }
-    links = [LinkSpec(PeerId(k.source), PeerId(k.target), k.resources, k.delay_s, at(k.up)) for k in file.links]
+    links = [
+        LinkSpec(PeerId(k.source), PeerId(k.target), k.resources, k.delay_s, at(k.up), at(k.delays)) for k in file.links
+    ]
     return Topology(
         name=name,
         peers=peers,

@@ -101,7 +101,13 @@ def described(one: Topology) -> dict[str, object]:
             for r in one.resources.values()
         },
         "links": [
-            {"from": k.source, "to": k.target, "delay_s": k.delay_s, "resources": list(k.resources)}
+            {
+                "from": k.source,
+                "to": k.target,
+                "delay_s": k.delay_s,
+                "delay_varies": k.delays_s is not None,
+                "resources": list(k.resources),
+            }
             for k in one.links.values()
         ],
     }
@@ -127,7 +133,7 @@ def _links(one: Topology, links: list[LinkSpec]) -> tuple[str, str, str, str]:
     return (
         str(len(links)),
         _span(v / 1e6 for rate in narrowest for v in rate.values) if narrowest else "as it is",
-        _span(link.delay_s * 1000 for link in links),
+        _span(v * 1000 for k in links for v in (k.delays_s.values if k.delays_s else (k.delay_s,))),
         ", ".join(name for name in sorted(users) if users[name] > 1),
     )
 

@@ -61,8 +61,7 @@ def show(  # noqa: PLR0917 - one per option
     if form == "csv":
         if column is None:
             raise Fault(USAGE, "a csv file has several columns", file, advice="name one with --column (and --unit)")
-        columns = traces.Columns(time, column, time_unit=time_unit, bandwidth_unit=unit)
-        shown = Shown(traces.table(file, columns).bandwidth, "Mbit/s", 1e6)
+        shown = _column(file, time, time_unit, column, unit)
     else:
         shown = _shown(file, form)
     found = facts(shown.rate)
@@ -77,6 +76,14 @@ def show(  # noqa: PLR0917 - one per option
         _print(file, form, shown, found)
         if png is not None:
             click.echo(png, err=True)
+
+
+def _column(file: str, time: str, time_unit: str, column: str, unit: str) -> Shown:
+    """A column of rates, or of delays."""
+    delay_s = traces.TIME_UNITS.get(unit)
+    columns = traces.Columns(time, column, time_unit=time_unit, bandwidth_unit="bit/s" if delay_s else unit)
+    rate = traces.table(file, columns).bandwidth
+    return Shown(rate.scaled(delay_s), "ms", 1e-3) if delay_s else Shown(rate, "Mbit/s", 1e6)
 
 
 def _shown(file: str, form: str) -> Shown:

@@ -32,10 +32,14 @@ RawRate = Any
 """Read by ``rates``."""
 
 
+Delay = tuple[float, Rate | None]
+"""One way, in seconds: its mean, and how it is over time when it varies."""
+
+
 class LanTable(Table, frozen=True):
     bandwidth: RawRate = None
     """Of each directed pair of hosts; absent = unshaped."""
-    delay_s: Seconds = 0.0
+    delay: RawRate = 0.0
 
 
 class CloudTable(Table, frozen=True):
@@ -53,7 +57,7 @@ class WanTable(Table, frozen=True):
     between: tuple[str, str]
     """Two micro-clouds, both directions alike."""
     bandwidth: RawRate = None
-    delay_s: Seconds = 0.0
+    delay: RawRate = 0.0
     """One way."""
     per: Literal["pair-of-hosts", "pair-of-clouds"] = "pair-of-hosts"
     """Each directed pair of hosts has its own path, or all of a directed pair of micro-clouds share one."""
@@ -74,7 +78,7 @@ class LinkTable(Table, frozen=True):
     bandwidth: RawRate = None
     """A path of its own; absent (with no resources either): what it crossed before."""
     resources: tuple[str, ...] = ()
-    delay_s: Seconds | None = None
+    delay: RawRate = None
     up: RawRate = None
     """1 while the link is there, 0 while it is out."""
 
@@ -220,14 +224,19 @@ class _Builder:
         for cloud, members in self.clouds.items():
             own = self.file.clouds[cloud].lan
             lan, key = (own, f"clouds.{cloud}.lan") if own else (self.file.lan, "lan")
+            delay = self._delay(lan.delay, f"{key}.delay")
             for source, target in permutations(members, 2):
-                self._link(source, target, "lan", lan.bandwidth, lan.delay_s, f"{key}.bandwidth")
+                self._link(source, target, "lan", lan.bandwidth, delay, f"{key}.bandwidth")
 
-    def _link(self, source: PeerId, target: PeerId, kind: str, raw: RawRate, delay_s: float, key: str) -> None:
+    def _delay(self, raw: RawRate, key: str) -> Delay:
+        delays_s = self.rates.read(raw, "seconds", key)
+        return delays_s.mean, delays_s if len(set(delays_s.values)) > 1 else None
+
+    def _link(self, source: PeerId, target: PeerId, kind: str, raw: RawRate, delay: Delay, key: str) -> None:
         crossed: tuple[str, ...] = ()
         if raw is not None:
             crossed = (self._resource(f"{kind}:{source}>{target}", "path", raw, key),)
-        self.links[source, target] = LinkSpec(source, target, crossed, delay_s)
+        self.links[source, target] = LinkSpec(source, target, crossed, delay[0], delays_s=delay[1])
 
     def _wan_links(self) -> None:
         joined: set[frozenset[str]] = set()
@@ -243,17 +252,18 @@ class _Builder:
                 )
             joined.add(pair)
             for a, b in (wan.between, wan.between[::-1]):
-                self._wan_direction(a, b, wan, f"wan[{i}].bandwidth")
+                self._wan_direction(a, b, wan, f"wan[{i}]")
 
     def _wan_direction(self, a: str, b: str, wan: WanTable, key: str) -> None:
         hosts = [(source, target) for source in self.clouds[a] for target in self.clouds[b]]
+        delay = self._delay(wan.delay, f"{key}.delay")
         if wan.per == "pair-of-hosts" or wan.bandwidth is None:
             for source, target in hosts:
-                self._link(source, target, "wan", wan.bandwidth, wan.delay_s, key)
+                self._link(source, target, "wan", wan.bandwidth, delay, f"{key}.bandwidth")
             return
-        shared = self._resource(f"wan:{a}>{b}", "path", wan.bandwidth, key)
+        shared = self._resource(f"wan:{a}>{b}", "path", wan.bandwidth, f"{key}.bandwidth")
         for source, target in hosts:
-            self.links[source, target] = LinkSpec(source, target, (shared,), wan.delay_s)
+            self.links[source, target] = LinkSpec(source, target, (shared,), delay[0], delays_s=delay[1])
 
     def _caps(self, kind: Literal["egress", "ingress"], caps: Iterable[CapTable]) -> None:
         capped: set[str] = set()
@@ -294,13 +304,10 @@ class _Builder:
         if table.bandwidth is not None:
             own = self._resource(f"link:{source}>{target}", "path", table.bandwidth, f"link[{i}].bandwidth")
             crossed = (own, *crossed)
-        self.links[source, target] = LinkSpec(
-            source,
-            target,
-            crossed or before.resources,
-            before.delay_s if table.delay_s is None else table.delay_s,
-            before.up if table.up is None else self._switch(table.up, f"link[{i}].up"),
-        )
+        up = before.up if table.up is None else self._switch(table.up, f"link[{i}].up")
+        was = before.delay_s, before.delays_s
+        delay_s, delays_s = was if table.delay is None else self._delay(table.delay, f"link[{i}].delay")
+        self.links[source, target] = LinkSpec(source, target, crossed or before.resources, delay_s, up, delays_s)
 
     def _check_joined(self, talk: Talk) -> None:
         """Every peer must be reachable both ways; with ``bridges`` every pair of micro-clouds must be linked."""

@@ -39,7 +39,10 @@ def started(topology: Topology, start_s: float) -> Topology:
             )
             for name, peer in topology.peers.items()
         },
-        links={ends: replace(link, up=link.up and link.up.shifted(start_s)) for ends, link in topology.links.items()},
+        links={
+            ends: replace(k, up=k.up and k.up.shifted(start_s), delays_s=k.delays_s and k.delays_s.shifted(start_s))
+            for ends, k in topology.links.items()
+        },
         resources={name: replace(r, rate=r.rate.shifted(start_s)) for name, r in topology.resources.items()},
         digest=_digest(topology, f"start={start_s!r}"),
     )
@@ -81,7 +84,12 @@ def _one(topology: Topology, key: str, factor: float) -> Topology:
         return _speed(topology, key, name, factor)
     if kind == "link" and what == "delay":
         ends = _ends(topology, key, name)
-        links = {e: replace(k, delay_s=k.delay_s * factor) if e in ends else k for e, k in topology.links.items()}
+        links = {
+            e: replace(k, delay_s=k.delay_s * factor, delays_s=k.delays_s and k.delays_s.scaled(factor))
+            if e in ends
+            else k
+            for e, k in topology.links.items()
+        }
         return replace(topology, links=links)
     if kind in ("link", "egress", "ingress", "resource") and what == "bandwidth":
         chosen = _paths(topology, key, name) if kind == "link" else {name if kind == "resource" else f"{kind}:{name}"}

@@ -33,8 +33,16 @@ class LinkSpec:
     target: PeerId
     resources: tuple[str, ...] = ()
     delay_s: float = 0.0
+    """Where it varies over time, its mean."""
     up: Rate | None = None
     """Presence over time: the link is out while this rate is 0; None = always up."""
+    delays_s: Rate | None = None
+    """The delay over time; None = constant."""
+
+    @property
+    def way_s(self) -> float | Rate:
+        """The delay, as ``net.shaped`` takes it."""
+        return self.delay_s if self.delays_s is None else self.delays_s
 
 
 @dataclass(frozen=True)
