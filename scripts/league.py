@@ -15,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,16 +26,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import click
 import league_page
 import numpy as np
+from league_scenarios import SCENARIOS
 
 from dlion.cli.build import Plan, node_settings, workload_of
 from dlion.cli.simulate import Played, play
-from dlion.config import load_job, load_topology
+from dlion.config import load_job
 from dlion.mesh.topology import Speed, Topology
-from dlion.messages import PeerId
 from dlion.net.wan import Rate
 from dlion.observe.runlog import Send
 from dlion.observe.summary import evaluations, together
-from dlion.simulation import Death
 
 RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
 RATES = (0.02, 0.05, 0.1)
@@ -63,46 +62,6 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride-plain": ("pride", {"speculation": 0.0}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """``change`` is made to the shipped topology."""
-
-    topology: str
-    about: str = ""
-    change: Callable[[Topology], Topology] = lambda topology: topology
-    deaths: tuple[Death, ...] = ()
-
-
-def slower(peer: str, factor: float) -> Callable[[Topology], Topology]:
-    def change(topology: Topology) -> Topology:
-        spec = topology.peers[PeerId(peer)]
-        assert spec.speed is not None
-        slow = replace(spec, speed=Speed(Rate.constant(spec.speed.samples_per_s.mean / factor)))
-        return replace(topology, peers={**topology.peers, PeerId(peer): slow})
-
-    return change
-
-
-def cut(a: str, b: str, since_s: float, until_s: float) -> Callable[[Topology], Topology]:
-    def change(topology: Topology) -> Topology:
-        up = Rate((0.0, since_s, until_s), (1.0, 0.0, 1.0))
-        ends = (PeerId(a), PeerId(b)), (PeerId(b), PeerId(a))
-        return replace(topology, links={**topology.links, **{e: replace(topology.links[e], up=up) for e in ends}})
-
-    return change
-
-
-SHIPPED = ("homogeneous", "hetero-compute", "hetero-network", "hetero-system", "hetero-system-5")
-SCENARIOS: Mapping[str, Scenario] = {
-    **{name: Scenario(name) for name in (*SHIPPED, "hetero-system-egress", "dynamic-system", "demo")},
-    "slow-peer": Scenario("hetero-system", "hetero-system with c2 20 times slower", slower("c2", 20.0)),
-    "link-out": Scenario(
-        "hetero-system", "hetero-system, a1 and b1 cut off from 20 s to 50 s", cut("a1", "b1", 20, 50)
-    ),
-    "killed": Scenario("hetero-system", "hetero-system, b1 killed at 25 s", deaths=(Death(PeerId("b1"), 25.0),)),
-}
 
 
 @dataclass(frozen=True)
@@ -136,6 +95,7 @@ class Spec:
             "batching.growth": False,
             "evaluate.every": 5.0,
             "evaluate.samples": 2000,
+            **SCENARIOS[self.scenario].flags,
         }
 
 
@@ -156,12 +116,16 @@ class Row:
     wall_s: float
     log_sha256: str
     parameters: int
+    replica: list[float]
+    """Accuracy of the first peer's training replica, beside its deployable view in ``first``."""
+    first: list[float]
+    commit: str
     failed: str = field(default="")
 
 
 def plan_of(spec: Spec, data: Path) -> Plan:
     scenario = SCENARIOS[spec.scenario]
-    topology = scenario.change(load_topology(scenario.topology))
+    topology = scenario.topology()
     job = load_job(spec.workload, spec.flags(data))
     return Plan(job, ideal(topology) if spec.strategy == ORACLE else topology)
 
@@ -183,12 +147,13 @@ def perform(spec: Spec, data: Path) -> Row:
     plan = plan_of(spec, data)
     if spec.strategy == ORACLE:
         free = replace(node_settings(plan.job), exchange_s_per_byte=0.0, exchange_s_per_item=0.0)
-        return row_of(spec, plan, play(plan, settings=free))
-    return row_of(spec, plan, play(plan, SCENARIOS[spec.scenario].deaths))
+        return row_of(spec, plan, play(plan, settings=free, replica_of=plan.peers[0]))
+    return row_of(spec, plan, play(plan, SCENARIOS[spec.scenario].deaths, replica_of=plan.peers[0]))
 
 
 def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
     times, values = together([evaluations(played.run.peers[peer], "accuracy") for peer in played.views])
+    _, beside = evaluations(played.run.peers[plan.peers[0]], "accuracy", "replica")
     sends = [log[Send] for log in played.run.peers.values()]
     sent_at = np.concatenate([s["t"][s["wan"]] for s in sends])
     order = np.argsort(sent_at)
@@ -213,7 +178,16 @@ def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
         wall_s=round(played.summary["wall_seconds"] or 0.0, 1),
         log_sha256=played.summary["log_sha256"] or "",
         parameters=workload.layout.size,
+        replica=[round(float(a), 5) for a in beside],
+        first=[round(float(a), 5) for a in values[0]],
+        commit=commit(),
     )
+
+
+def commit() -> str:
+    """The code that ran, "+" if it was changed since."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def rows() -> list[dict[str, Any]]:
@@ -296,12 +270,22 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 @click.option("--seeds", default="0", show_default=True, help="Comma-separated.")
 @click.option("--until", "until_s", default=80.0, show_default=True, help="Virtual seconds.")
 @click.option("--partition", default="iid", show_default=True)
+@click.option("--workload", default="fashion-mnist", show_default=True)
+@click.option("--rate", type=float, help="Learning rate of all; default: each one's tuned.")
 @click.argument("scenarios", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
 def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of: Any) -> None:
     """Run strategies on scenarios with their tuned learning rates."""
     rates = tuned()
     specs = [
-        Spec(strategy, scenario, int(seed), rates[strategy], of["until_s"], of["partition"])
+        Spec(
+            strategy,
+            scenario,
+            int(seed),
+            of["rate"] or rates[strategy],
+            of["until_s"],
+            of["partition"],
+            of["workload"],
+        )
         for scenario in scenarios
         for seed in of["seeds"].split(",")
         for strategy in of["strategies"].split(",")

@@ -76,9 +76,10 @@ def play(
     deaths: tuple[Death, ...] = (),
     settings: NodeSettings | None = None,
     parts: Mapping[str, Part] | None = None,
+    replica_of: PeerId | None = None,
 ) -> Played:
     """Simulate ``plan``; peers whose presence ends are among the dead. ``settings``: in place of the job's. ``parts``:
-    of the checkpoint to go on from.
+    of the checkpoint to go on from. ``replica_of``: this peer's training replica is measured beside its view.
 
     The summary's hash covers every line of every peer's log.
     """
@@ -91,7 +92,7 @@ def play(
 
     def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
         workload = workload_of(plan, peer)
-        observer = Evaluator(workload, job.evaluate.samples or None)
+        observer = Evaluator(workload, job.evaluate.samples or None, replicas=peer == replica_of)
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
         return node_of(plan, peer, seams, workload=workload, settings=settings)
 

@@ -1,0 +1,126 @@
+"""Where the league is played: shipped topologies, changed ones, drawn ones, and settings of papers.
+
+Law: a scenario is a topology, the deaths on it, and what its job changes; nothing runs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+
+from dlion.config import load_topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
+from dlion.messages import PeerId
+from dlion.net.wan import Rate
+from dlion.simulation import Death
+
+MBIT = 1e6
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``flags``: what its job changes of the league's."""
+
+    topology: Callable[[], Topology]
+    about: str = ""
+    deaths: tuple[Death, ...] = ()
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+def shipped(name: str, change: Callable[[Topology], Topology] = lambda topology: topology) -> Callable[[], Topology]:
+    return lambda: change(load_topology(name))
+
+
+def slower(peer: str, factor: float) -> Callable[[Topology], Topology]:
+    def change(topology: Topology) -> Topology:
+        spec = topology.peers[PeerId(peer)]
+        assert spec.speed is not None
+        slow = replace(spec, speed=Speed(Rate.constant(spec.speed.samples_per_s.mean / factor)))
+        return replace(topology, peers={**topology.peers, PeerId(peer): slow})
+
+    return change
+
+
+def cut(a: str, b: str, since_s: float, until_s: float) -> Callable[[Topology], Topology]:
+    def change(topology: Topology) -> Topology:
+        up = Rate((0.0, since_s, until_s), (1.0, 0.0, 1.0))
+        ends = (PeerId(a), PeerId(b)), (PeerId(b), PeerId(a))
+        return replace(topology, links={**topology.links, **{e: replace(topology.links[e], up=up) for e in ends}})
+
+    return change
+
+
+def drawn(seed: int) -> Topology:
+    """Nobody chose it: 3 or 4 micro-clouds of 1 to 3 peers; speeds, rates and delays over a factor of 8 to 20."""
+    rng = np.random.default_rng(seed)
+    clouds = [(chr(ord("a") + c), int(rng.integers(1, 4))) for c in range(rng.integers(3, 5))]
+    peers, resources, links = {}, {}, {}
+    for cloud, members in clouds:
+        for number in range(1, members + 1):
+            speed = Speed(Rate.constant(float(40.0 * 8.0 ** rng.random())))
+            name = PeerId(f"{cloud}{number}")
+            peers[name] = PeerSpec(name, cloud, speed)
+    between = {
+        pair: (float(5.0 * 20.0 ** rng.random()) * MBIT, float(0.005 * 20.0 ** rng.random()))
+        for pair in permutations((cloud for cloud, _ in clouds), 2)
+        if pair[0] < pair[1]
+    }
+    for a, b in permutations(peers, 2):
+        near, far = sorted((peers[a].cloud, peers[b].cloud))
+        rate, delay_s = (1000.0 * MBIT, 0.0002) if near == far else between[near, far]
+        path = f"path:{a}-{b}"
+        resources[path] = Resource(path, "path", Rate.constant(rate))
+        links[a, b] = LinkSpec(a, b, (path,), delay_s)
+    return Topology(f"drawn-{seed}", peers, links, resources, talk="bridges" if seed % 2 else "mesh")
+
+
+def star(*egress_mbit: float) -> Topology:
+    """A worker per figure, in a micro-cloud of its own, with so much egress and ingress; 104 samples in 0.5 s."""
+    peers, resources, links = {}, {}, {}
+    for number, mbit in enumerate(egress_mbit, start=1):
+        name = PeerId(f"w{number}")
+        peers[name] = PeerSpec(name, f"s{number}", Speed(Rate.constant(208.0)))
+        for way in ("egress", "ingress"):
+            resources[f"{way}:{name}"] = Resource(f"{way}:{name}", way, Rate.constant(mbit * MBIT), name)
+    for a, b in permutations(peers, 2):
+        links[a, b] = LinkSpec(a, b, (f"egress:{a}", f"ingress:{b}"), 0.02)
+    return Topology("star", peers, links, resources)
+
+
+TFAKO: Mapping[str, Any] = {
+    "model.hidden": [1700, 1700],
+    "train.batch": 104,
+    "train.optimizer": "adamw",
+    "train.momentum": 0.0,
+    "batching.mode": "fixed",
+}
+"""A model of 17 MB and batches of 104, with Adam, as TFAko was shown (SoCC 2018); the data are ours."""
+SHIPPED = (
+    "homogeneous",
+    "hetero-compute",
+    "hetero-network",
+    "hetero-system",
+    "hetero-system-5",
+    "hetero-system-egress",
+    "dynamic-system",
+    "demo",
+)
+SCENARIOS: Mapping[str, Scenario] = {
+    **{name: Scenario(shipped(name)) for name in SHIPPED},
+    "slow-peer": Scenario(shipped("hetero-system", slower("c2", 20.0)), "hetero-system with c2 20 times slower"),
+    "link-out": Scenario(
+        shipped("hetero-system", cut("a1", "b1", 20, 50)), "hetero-system, a1 and b1 cut off from 20 s to 50 s"
+    ),
+    "killed": Scenario(shipped("hetero-system"), "hetero-system, b1 killed at 25 s", (Death(PeerId("b1"), 25.0),)),
+    **{f"drawn-{n}": Scenario(lambda n=n: drawn(n), f"drawn at random from seed {n}") for n in range(1, 5)},  # type: ignore[misc]
+    "writers": Scenario(shipped("hetero-system"), "MNIST, each writer at one peer", flags={"data.partition": "writer"}),
+    "tfako-2": Scenario(lambda: star(40, 40), "TFAko's setting: two workers of 40 Mbit/s, 17 MB", flags=TFAKO),
+    "tfako-4": Scenario(lambda: star(40, 40, 40, 40), "TFAko's setting: four workers of 40 Mbit/s, 17 MB", flags=TFAKO),
+    "tfako-uneven": Scenario(
+        lambda: star(40, 40, 20, 10), "TFAko's setting: workers of 40, 40, 20, 10 Mbit/s, 17 MB", flags=TFAKO
+    ),
+}
