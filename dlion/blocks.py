@@ -26,6 +26,8 @@ GROUP = 256
 HEADER_BYTES_MAX = 40
 """What a block's header and its padding can take beyond its body."""
 F16_MAX = 65504.0
+STEP_MIN = 1e-30
+"""Scales below this are so near the smallest floats that a code rounds beyond its range."""
 SCALE_MAX = float(np.finfo(np.float32).max) / 128
 """No larger scale is written or accepted: code * scale then stays finite."""
 
@@ -256,7 +258,7 @@ def _to_integers(values: Flat, top: int) -> tuple[npt.NDArray[np.int8], Flat]:
     groups = -(-count // GROUP)
     codes = np.empty(count, dtype=np.int8)
     scales = np.empty(groups, dtype=np.float32)
-    scratch = np.zeros(min(CHUNK, groups * GROUP), dtype=np.float32)
+    scratch, sizes = np.zeros((2, min(CHUNK, groups * GROUP)), dtype=np.float32)
     for lo in range(0, count, CHUNK):
         piece = values[lo : lo + CHUNK]
         first, here = lo // GROUP, -(-len(piece) // GROUP)
@@ -264,7 +266,8 @@ def _to_integers(values: Flat, top: int) -> tuple[npt.NDArray[np.int8], Flat]:
         padded[: len(piece)] = piece
         padded[len(piece) :] = 0
         rows = padded.reshape(here, GROUP)
-        peaks = np.maximum(rows.max(axis=1), -rows.min(axis=1))
+        np.abs(padded, out=sizes[: padded.size])  # bits of floats >= 0 order as integers do, and NaN is the largest
+        peaks = sizes[: padded.size].view(np.uint32).reshape(rows.shape).max(axis=1).view(np.float32)
         if not np.isfinite(peaks).all():
             raise ValueError("an entry is NaN or infinite")
         steps = np.minimum(peaks / np.float32(top), np.float32(SCALE_MAX))
@@ -272,23 +275,25 @@ def _to_integers(values: Flat, top: int) -> tuple[npt.NDArray[np.int8], Flat]:
         steps[steps == 0] = 1
         rows /= steps[:, None]
         np.rint(rows, out=rows)
-        np.clip(rows, -top, top, out=rows)
+        if steps.min() < STEP_MIN or steps.max() >= SCALE_MAX:  # else rounding cannot exceed the top code
+            np.clip(rows, -top, top, out=rows)
         codes[lo : lo + len(piece)] = padded[: len(piece)]
     return codes, scales
 
 
 def _pack_nibbles(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    raised = (codes + 8).view(np.uint8)
-    packed = raised[0::2].copy()
-    packed[: len(raised) // 2] |= raised[1::2] << 4
+    raised = np.zeros(len(codes) + len(codes) % 2, dtype=np.int8)
+    np.add(codes, 8, out=raised[: len(codes)])
+    pairs = raised.view("<u2")
+    packed: npt.NDArray[np.uint8] = (pairs | pairs >> 4).astype(np.uint8)
     return packed
 
 
 def _unpack_nibbles(packed: npt.NDArray[np.generic], count: int) -> npt.NDArray[np.int8]:
-    pairs = packed.view(np.uint8)
-    codes = np.empty(2 * len(pairs), dtype=np.int8)
-    codes[0::2] = pairs & 15
-    codes[1::2] = pairs >> 4
+    pairs = packed.view(np.uint8).astype("<u2")
+    pairs |= pairs << 4
+    pairs &= 0x0F0F
+    codes = pairs.view(np.int8)
     codes -= 8
     return codes[:count]
 

@@ -105,6 +105,9 @@ def add_scaled(target: Flat, source: Flat, scale: float = 1.0) -> None:
     if scale == 1.0:
         np.add(target, source, out=target)
         return
+    if scale == -1.0:
+        np.subtract(target, source, out=target)
+        return
     factor = np.float32(scale)
     if target.size <= CHUNK:
         target += source * factor
