@@ -186,8 +186,10 @@ def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
 
 def commit() -> str:
     """The code that ran, "+" if it was changed since."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "dlion"], check=False)
+    return head.stdout.strip() + "+" * bool(changed.returncode)
 
 
 def rows() -> list[dict[str, Any]]:
