@@ -1,9 +1,10 @@
-"""What a link costs: goodput against raw sockets, exchange times, and use and waiting behind an outside bottleneck.
+"""What a link costs: goodput against raw sockets, exchange times, use and waiting behind an outside bottleneck, and
+what a link that we shape ourselves delivers of its trace in a minute.
 
 Every sender and receiver is a process of its own on loopback. Raw sockets and sessions take turns, so that a busy
 machine slows both; the ratios are what to keep.
 
-    python scripts/bench_link.py [--quick] [--json] [--only goodput|exchange|relay] [--loop asyncio|uvloop]
+    python scripts/bench_link.py [--quick] [--json] [--only goodput|exchange|relay|shaped] [--loop asyncio|uvloop]
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dlion.net.connection import Connection
 from dlion.net.link import Link
 from dlion.net.relay import Lane, Way, relay
 from dlion.net.session import Session, SessionLimits
+from dlion.net.shaped import Bottleneck, Route
 from dlion.net.upgrade import UpgradeDialer, peer_application, serve
 from dlion.net.wan import Rate
 
@@ -36,6 +38,7 @@ LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
 }
+TABLES = ("relay", "shaped")
 SPAWN = multiprocessing.get_context("spawn")
 TALLY = struct.Struct("<qdd")
 
@@ -147,8 +150,9 @@ def process(target: Callable[..., None], *arguments: object) -> Iterator[tuple[i
         child.kill()
 
 
-async def connected(port: int) -> Talker:
-    return Talker(await UpgradeDialer({"peer": f"127.0.0.1:{port}"}).dial("peer"))
+async def connected(port: int, route: Route | None = None) -> Talker:
+    link: Link = await UpgradeDialer({"peer": f"127.0.0.1:{port}"}).dial("peer")
+    return Talker(route.shape(link) if route is not None else link)
 
 
 async def tally(talker: Talker, skip_s: float = 0.0) -> tuple[int, float]:
@@ -230,9 +234,11 @@ def bench_exchange(loop: str, quick: bool) -> dict[str, float]:
         return runner.run(main(port))
 
 
-async def saturate(port: int, rate_bps: float, rtt_s: float, seconds: float) -> tuple[float, float]:
+async def saturate(
+    port: int, rate_bps: float, rtt_s: float, seconds: float, route: Route | None = None
+) -> tuple[float, float]:
     """(share of the rate used once it had ``warm_s`` to find it, longest echo of a control message beyond the RTT)."""
-    talker = await connected(port)
+    talker = await connected(port, route)
     loop = asyncio.get_running_loop()
     message = bytes(max(1024, int(rate_bps / 8 * 0.02)))
     warm_s = 1.0 + 5 * rtt_s
@@ -268,7 +274,22 @@ def bench_relay(loop: str, quick: bool) -> list[dict[str, float]]:
     return rows
 
 
+def bench_shaped(loop: str, quick: bool) -> list[dict[str, float]]:
+    """Shares of a constant rate, and of one that jumps between a half and three halves of it every 0.7 s."""
+    rows = []
+    for mbit in (5, 50, 200):
+        for jumps in (0.0, 0.5):
+            steps = [mbit * 1e6 * (1 - jumps), mbit * 1e6 * (1 + jumps)]
+            rate = Rate.steps([0.0, 0.7], steps, loop=True, period_s=1.4)
+            with process(serve_sessions, loop) as (port, _), asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+                route = Route((Bottleneck(rate),), 0.01)
+                used, wait = runner.run(saturate(port, mbit * 1e6, 0.01, 10 if quick else 60, route))
+            rows.append({"mbit_per_s": mbit, "jumps": jumps, "delivered": used, "control_wait_s": wait})
+    return rows
+
+
 TARGETS = {
+    "delivered_min": (">=", 0.97),
     "goodput_of_raw_socket": (">=", 0.85),
     "exchange_40MB_s": ("<=", 0.15),
     "exchange_4MB_s": ("<=", 0.020),
@@ -290,7 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter runs")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the table on stderr")
-    parser.add_argument("--only", choices=("goodput", "exchange", "relay"))
+    parser.add_argument("--only", choices=("goodput", "exchange", "relay", "shaped"))
     parser.add_argument("--loop", choices=tuple(LOOPS))
     arguments = parser.parse_args()
     out = sys.stderr if arguments.json else sys.stdout
@@ -306,13 +327,17 @@ def main() -> None:
             result["utilisation_min"] = min(row["utilisation"] for row in rows)
             result["control_wait_s_max"] = max(row["control_wait_s"] for row in rows)
             result["relay"] = rows
+        if arguments.only in (None, "shaped"):
+            result["shaped"] = bench_shaped(loop, arguments.quick)
+            result["delivered_min"] = min(row["delivered"] for row in result["shaped"])
         results[loop] = result
         for name, value in result.items():
-            if name != "relay":
+            if name not in TABLES:
                 sign, target = TARGETS.get(name, ("", 0.0))
                 print(f"{loop:8} {name:24} {value:10.4f}  {sign} {target if sign else ''}", file=out)
-        for row in result.get("relay", []):
-            print(f"{loop:8} relay " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), file=out)
+        for table in TABLES:
+            for row in result.get(table, []):
+                print(f"{loop:8} {table} " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()), file=out)
     ratios = {name: value for name in TARGETS if (value := worst(results, name)) is not None}
     if arguments.json:
         print(json.dumps({"ratios": ratios, "loops": results}))

@@ -178,6 +178,32 @@ async def test_links_that_share_an_egress_get_its_rate_together_and_a_slow_path_
         link.abort()
 
 
+def test_saturated_links_deliver_what_the_resource_they_share_gives_and_never_more_by_any_time() -> None:
+    steps = st.lists(st.tuples(st.floats(0.05, 2.0), st.sampled_from([0.0, 1e6, 7e6, 40e6])), min_size=1, max_size=6)
+
+    @settings(max_examples=25, deadline=None)
+    @given(steps=steps, links=st.integers(1, 3), delay_s=st.floats(0.0, 0.2))
+    def check(steps: list[tuple[float, float]], links: int, delay_s: float) -> None:
+        times = [sum(w for w, _ in steps[:i]) for i in range(len(steps) + 1)]
+        rate = Rate.steps(times, [*(v for _, v in steps), 5e6], loop=True, period_s=times[-1] + 0.5)
+
+        async def body() -> None:
+            egress = Bottleneck(rate)
+            wires = [Wire() for _ in range(links)]
+            for wire in wires:
+                Owner(Shaped(wire, [egress], delay_s), 4096).fill()
+            await asyncio.sleep(20.0 + delay_s)
+            sent = 0.0
+            for at, data in sorted((a for wire in wires for a in wire.arrived), key=lambda a: a[0]):
+                sent += 8 * len(data)
+                assert sent <= rate.integral(0.0, at - delay_s) + 1e-3
+            assert sent >= 0.99 * rate.integral(0.0, 20.0)
+
+        run(body())
+
+    check()
+
+
 @virtual
 async def test_no_drift_over_24_hours_of_loops() -> None:
     """A packet at each 10 s for a day over a looping trace with outages: each arrives exactly when the maths says."""
