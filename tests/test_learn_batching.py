@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion.learn.batching import Fixed, GlobalBatch, Profile, Weighted, local_batches
+from dlion.learn.batching import DEALT_MAX, Fixed, GlobalBatch, Profile, Weighted, local_batches
 
 
 def test_the_global_batch_adds_then_multiplies_then_stays() -> None:
@@ -180,3 +180,15 @@ def test_a_global_batch_below_the_number_of_peers_gives_everybody_one() -> None:
         assert size >= 1
         batcher.observe(size, 1.0)
     assert size == 1
+
+
+def test_among_very_many_peers_each_rounds_its_own_part() -> None:
+    """Near to what dealing to the last sample gives, whether or not all have told their power."""
+    rates = {f"p{n:03d}": 10.0 + n % 7 for n in range(DEALT_MAX + 20)}
+    for told in (rates, {**rates, "p007": 0.0}):
+        weighted = Weighted("p003", GlobalBatch(start=5000, train_size=1 << 16))
+        weighted.members(told)
+        for _ in range(3):
+            weighted.observe(130, 10.0)
+        known = {peer: rate or 13.0 for peer, rate in told.items()}
+        assert abs(weighted.batch(0.0) - local_batches(5000, known)["p003"]) <= 1

@@ -40,6 +40,8 @@ LANE_SHARE = 0.2
 """Most of a core that the messages of all links together may take."""
 ECHO_MAX = 32.0
 """Most others, in our weighed steps, that one own step may stand for: a step of few samples says little about them."""
+SUMMED_PER_STEP = 64
+"""Speeds of others added up for each step, at most."""
 SAVINGS_S = 1.0
 """How long a link may save up its allowance."""
 ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Encoding.I8, 4: Encoding.I4}
@@ -115,6 +117,7 @@ class Pride(Spread):
         self.trust_steps = trust_steps
         self.allowance = Allowance(wan_bytes_per_s)
         self._assumed: deque[Assumed] = deque()
+        self._summed_at, self._speeds = 0, dict[Account, float]()
         self._via: dict[PeerId, Account] = {}
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
@@ -317,15 +320,24 @@ class Pride(Spread):
         factors = dict[Account, float]()
         if not self.speculation:
             return factors
-        for peer, member in ctx.members.items():
-            key = self._via.get(peer, (peer, False))
-            if peer == ctx.me or key[0] not in ctx.links:
-                continue
-            if ctx.now - self._heard_at.setdefault(key, ctx.now) <= self.trust_steps * ctx.step_s:
-                factors[key] = factors.get(key, 0.0) + self.speculation * self._speed(member, ctx)
+        for key, speed in self._speeds_beyond(ctx).items():
+            trusted = ctx.now - self._heard_at.setdefault(key, ctx.now) <= self.trust_steps * ctx.step_s
+            if trusted and key[0] in ctx.links:
+                factors[key] = self.speculation * speed
         most = min(max(1.0 / ctx.share - 1.0, 0.0), ECHO_MAX)
         scale = min(1.0, most / max(sum(factors.values()), most, 1e-9))
         return {key: scale * factor for key, factor in factors.items()}
+
+    def _speeds_beyond(self, ctx: Context) -> dict[Account, float]:
+        """How fast all those move together of whom we hear by each account; of very many peers not summed anew at
+        every step."""
+        if ctx.step >= self._summed_at + len(ctx.members) // SUMMED_PER_STEP:
+            self._summed_at, self._speeds = ctx.step, {}
+            for peer, member in ctx.members.items():
+                key = self._via.get(peer, (peer, False))
+                if peer != ctx.me and key[0] in ctx.links:
+                    self._speeds[key] = self._speeds.get(key, 0.0) + self._speed(member, ctx)
+        return self._speeds
 
     @staticmethod
     def _speed(member: Member, ctx: Context) -> float:

@@ -146,7 +146,8 @@ class Spread(Exchange):
                 continue
             self._account(peer, cloud, ctx).add(piece, coverage)
             accounts.append((peer, link.cloud == ctx.cloud != cloud))
-        yield from self._tell(accounts, ctx)
+        if accounts:
+            yield from self._tell(accounts, ctx)
 
     def _account(self, peer: PeerId, cloud: str, ctx: Context) -> Owed:
         """The account on which ``peer`` is owed updates of ``cloud``."""

@@ -124,6 +124,10 @@ def local_batches(global_batch: int, rates: Mapping[str, float]) -> dict[str, in
     return dict(zip(peers, apportion(global_batch, [rates[p] for p in peers]), strict=True))
 
 
+DEALT_MAX = 64
+"""Peers among whom the global batch is dealt to the last sample; of more, each rounds its own part."""
+
+
 class Batcher(Protocol):
     """What the node asks for its next batch, and tells its timings."""
 
@@ -189,6 +193,8 @@ class Weighted:
         self._period_s = period_s
         self._started_at = started_at
         self._rates: dict[str, float] = {me: 0.0}
+        self._rated, self._sum = 0, 0.0
+        """How many peers have told their power, and all of it."""
         self._told: Mapping[str, float] = {}
         """The very object that ``members`` was last given."""
         self._profile = Profile()
@@ -211,7 +217,7 @@ class Weighted:
             return self._batch
         dealt_for = (total, self._known)
         if now >= self._due or dealt_for != self._dealt_for:
-            self._batch = local_batches(total, self._complete())[self._me]
+            self._batch = self._part(total)
             self._dealt_for = dealt_for
             self._due = now + self._period_s
         return self._batch
@@ -225,6 +231,8 @@ class Weighted:
             return
         self._told = rates
         self._rates = {peer: rates.get(peer, 0.0) for peer in sorted({*rates, self._me})}
+        told = [rate for rate in self._rates.values() if 0 < rate < math.inf]
+        self._rated, self._sum = len(told), math.fsum(told)
         self._known = (*self._rates, *(peer for peer, rate in self._rates.items() if rate > 0))
 
     def state(self) -> dict[str, Any]:
@@ -240,6 +248,15 @@ class Weighted:
     @property
     def samples_per_s(self) -> float:
         return self._profile.samples_per_s(max(self._batch, 1))
+
+    def _part(self, total: int) -> int:
+        """Ours of the global batch. Of very many parts, that all add up to the sample is not worth dealing them all."""
+        told, mine = self._rates[self._me], self.samples_per_s
+        others = self._rated - (0 < told < math.inf)
+        if len(self._rates) <= DEALT_MAX or not others or not 0 < mine < math.inf:
+            return local_batches(total, self._complete())[self._me]
+        mean = (self._sum - (told if told < math.inf else 0.0)) / others
+        return max(1, round(total * mine / (mean * (len(self._rates) - 1) + mine)))
 
     def _complete(self) -> dict[str, float]:
         """Everybody's rate: our own as measured now, and the mean of the known for those who have not told theirs."""
