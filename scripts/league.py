@@ -60,6 +60,8 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "local-sgd": ("local-sgd", {}),
     "pride": ("pride", {}),
     "pride-plain": ("pride", {"speculation": 0.0}),
+    "pride-8-bit": ("pride", {"bits": 8}),
+    "pride-slow": ("pride", {"period_s": 1.0}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
 
@@ -273,7 +275,6 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 @click.option("--until", "until_s", default=80.0, show_default=True, help="Virtual seconds.")
 @click.option("--partition", default="iid", show_default=True)
 @click.option("--workload", default="fashion-mnist", show_default=True)
-@click.option("--rate", type=float, help="Learning rate of all; default: each one's tuned.")
 @click.argument("scenarios", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
 def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of: Any) -> None:
     """Run strategies on scenarios with their tuned learning rates."""
@@ -283,7 +284,7 @@ def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of:
             strategy,
             scenario,
             int(seed),
-            of["rate"] or rates[strategy],
+            SCENARIOS[scenario].rate or rates[strategy],
             of["until_s"],
             of["partition"],
             of["workload"],
@@ -307,7 +308,8 @@ def one(data: Path, spec: str) -> None:
 def page() -> None:
     """Write docs/league.md and its pictures from the results."""
     about = {name: scenario.about for name, scenario in SCENARIOS.items()}
-    league_page.write(rows(), tuned(), about, TUNE_SEED, RESULTS.parent)
+    fixed = {name: scenario.rate for name, scenario in SCENARIOS.items() if scenario.rate}
+    league_page.write(rows(), tuned(), fixed, about, TUNE_SEED, RESULTS.parent)
 
 
 if __name__ == "__main__":

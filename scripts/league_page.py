@@ -84,6 +84,13 @@ def bytes_to(row: Mapping[str, Any], target: float) -> float | None:
     return None if at is None else float(np.interp(at, row["times"], row["wan_bytes"]))
 
 
+def beside(rows: Rows) -> float | None:
+    """By how many points the training replica is better than the deployable view, on the first peer, in the second
+    half of the horizon; None where they are one."""
+    found = [np.subtract(row["replica"], row["first"]) for row in rows if row["replica"]]
+    return 100 * float(np.mean([gap[len(gap) // 2 : -1] for gap in found])) if found else None
+
+
 def shown(value: float | None, form: str = "{:.1f}") -> str:
     return "–" if value is None else form.format(value)
 
@@ -114,7 +121,7 @@ def table(groups: Mapping[str, Rows]) -> str:
         return (np.inf if at is None else at, -np.mean([row["mean"][-1] for row in groups[name]]))
 
     head = ["strategy", "lr", "seeds", *(f"{100 * t:.3g} % at, s" for t in targets), "at the end", "all 10,000: mean"]
-    head += ["worst peer", f"WAN MB to {100 * main:.3g} %", "WAN MB", "stalled", "disagreement"]
+    head += ["worst peer", "replica", f"WAN MB to {100 * main:.3g} %", "WAN MB", "stalled", "disagreement"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name in sorted(groups, key=order):
         rows = groups[name]
@@ -122,7 +129,8 @@ def table(groups: Mapping[str, Rows]) -> str:
         cells = [f"**{name}**" if name == OURS else name, f"{rows[0]['spec']['rate']:g}", str(len(rows))]
         cells += [shown(reached(rows, t)) for t in targets]
         cells += [f"{100 * np.mean([row[key] for row in rows]):.1f}" for key in ("full_mean", "full_worst")]
-        cells.insert(-2, f"{100 * np.mean([row['mean'][-1] for row in rows]):.1f}")
+        cells.append(shown(beside(rows), "{:+.1f}"))
+        cells.insert(-3, f"{100 * np.mean([row['mean'][-1] for row in rows]):.1f}")
         cells.append("0" if name == ORACLE else shown(None if wan is None else wan / 1e6, "{:.0f}"))
         cells.append("0" if name == ORACLE else f"{np.mean([row['wan_bytes'][-1] for row in rows]) / 1e6:.0f}")
         cells.append(f"{100 * max(row['stalled'] for row in rows):.1f} %")
@@ -220,20 +228,28 @@ def rates_text(rows: Rows, chosen: Mapping[str, float], seed: int) -> str:
     return "\n".join(lines)
 
 
-def write(rows: Rows, chosen: Mapping[str, float], about: Mapping[str, str], tune_seed: int, out: Path) -> None:
-    """``out``: the folder of the results; the page lies beside it."""
+def write(
+    rows: Rows,
+    chosen: Mapping[str, float],
+    fixed: Mapping[str, float],
+    about: Mapping[str, str],
+    tune_seed: int,
+    out: Path,
+) -> None:
+    """``chosen``: each strategy's learning rate, unless one is ``fixed`` for the scenario. ``out``: the folder of the
+    results; the page lies beside it."""
     broken = [row for row in rows if row["failed"]]
     rows = [row for row in rows if not row["failed"]]
     games: dict[tuple[str, str, float], Rows] = {}
     for row in rows:
         spec = row["spec"]
-        if spec["seed"] != tune_seed and spec["rate"] == chosen[spec["strategy"]]:
+        if spec["seed"] != tune_seed and spec["rate"] == fixed.get(spec["scenario"], chosen.get(spec["strategy"])):
             games.setdefault((spec["scenario"], spec["partition"], spec["until_s"]), []).append(row)
     rates = ", ".join(f"{r:g}" for r in sorted({row["spec"]["rate"] for row in rows}))
     text = [INTRO.format(parameters=rows[0]["parameters"], rates=rates, tune_seed=tune_seed)]
     for (scenario, partition, until_s), played in games.items():
         groups = by_strategy(played)
-        picture = f"{scenario}-{partition}.png"
+        picture = f"{scenario}-{partition}-{until_s:g}.png"
         draw(groups, out / picture)
         what = f" ({about[scenario]})" if about.get(scenario) else ""
         text.append(f"## {scenario}{what}, {partition}, {until_s:g} virtual seconds\n")
@@ -243,8 +259,8 @@ def write(rows: Rows, chosen: Mapping[str, float], about: Mapping[str, str], tun
         )
         text.append(f"{table(groups)}\n\n{failures}{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
     text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
-    text.append("## Every run\n\n| hash of all logs | spec |\n| --- | --- |")
-    text += [f"| `{r['log_sha256'][:16]}` | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]
+    text.append("## Every run\n\n| hash of all logs | commit | spec |\n| --- | --- | --- |")
+    text += [f"| `{r['log_sha256'][:16]}` | {r['commit']} | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]
     hours = sum(row["wall_s"] for row in rows) / 3600
     text.append(f"\n{len(rows)} runs, {hours:.2f} hours of wall time on a shared machine.\n")
     (out.parent / "league.md").write_text("\n".join(text), encoding="utf-8")

@@ -23,12 +23,13 @@ MBIT = 1e6
 
 @dataclass(frozen=True)
 class Scenario:
-    """``flags``: what its job changes of the league's."""
+    """``flags``: what its job changes of the league's. ``rate``: everybody's learning rate; 0 = each one's tuned."""
 
     topology: Callable[[], Topology]
     about: str = ""
     deaths: tuple[Death, ...] = ()
     flags: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 0.0
 
 
 def shipped(name: str, change: Callable[[Topology], Topology] = lambda topology: topology) -> Callable[[], Topology]:
@@ -91,14 +92,18 @@ def star(*egress_mbit: float) -> Topology:
     return Topology("star", peers, links, resources)
 
 
-TFAKO: Mapping[str, Any] = {
-    "model.hidden": [1700, 1700],
-    "train.batch": 104,
-    "train.optimizer": "adamw",
-    "train.momentum": 0.0,
-    "batching.mode": "fixed",
-}
-"""A model of 17 MB and batches of 104, with Adam, as TFAko was shown (SoCC 2018); the data are ours."""
+def tfako(about: str, *egress_mbit: float) -> Scenario:
+    """As TFAko was shown (SoCC 2018): a model of 17 MB, batches of 104, Adam. The data are ours."""
+    flags = {
+        "model.hidden": [1700, 1700],
+        "train.batch": 104,
+        "train.optimizer": "adamw",
+        "train.momentum": 0.0,
+        "batching.mode": "fixed",
+    }
+    return Scenario(lambda: star(*egress_mbit), f"TFAko's setting: {about}, 17 MB, Adam", flags=flags, rate=1e-3)
+
+
 SHIPPED = (
     "homogeneous",
     "hetero-compute",
@@ -118,9 +123,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "killed": Scenario(shipped("hetero-system"), "hetero-system, b1 killed at 25 s", (Death(PeerId("b1"), 25.0),)),
     **{f"drawn-{n}": Scenario(lambda n=n: drawn(n), f"drawn at random from seed {n}") for n in range(1, 5)},  # type: ignore[misc]
     "writers": Scenario(shipped("hetero-system"), "MNIST, each writer at one peer", flags={"data.partition": "writer"}),
-    "tfako-2": Scenario(lambda: star(40, 40), "TFAko's setting: two workers of 40 Mbit/s, 17 MB", flags=TFAKO),
-    "tfako-4": Scenario(lambda: star(40, 40, 40, 40), "TFAko's setting: four workers of 40 Mbit/s, 17 MB", flags=TFAKO),
-    "tfako-uneven": Scenario(
-        lambda: star(40, 40, 20, 10), "TFAko's setting: workers of 40, 40, 20, 10 Mbit/s, 17 MB", flags=TFAKO
-    ),
+    "tfako-2": tfako("two workers of 40 Mbit/s", 40, 40),
+    "tfako-4": tfako("four workers of 40 Mbit/s", 40, 40, 40, 40),
+    "tfako-uneven": tfako("workers of 40, 40, 20 and 10 Mbit/s", 40, 40, 20, 10),
 }
