@@ -6,8 +6,8 @@ Law: on the loop; no weights, no strategy, no step. What is for the strategy is 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,18 @@ import numpy as np
 from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context
 from dlion.farewell import DONE_FIELDS, Farewell, names_of
+from dlion.identity import Identity
+from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
-from dlion.lane import Heard, Item, MembersChanged, Writable
 from dlion.membership import Membership
 from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
-from dlion.neighbours import Identity, Neighbours
+from dlion.neighbours import Neighbours
 from dlion.net.link import Dialer, LinkError
 from dlion.net.session import SessionLimits
+from dlion.newcomers import NEWCOMER_KINDS
+from dlion.porch import LATE_S, Porch
 from dlion.seams import NodeSettings
 from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
@@ -34,6 +37,7 @@ NODE_KINDS: Kinds = {
     "~bye": {},
     "~refused": {"reason": str},
     MARK: MARK_FIELDS,
+    **NEWCOMER_KINDS,
 }
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
@@ -68,7 +72,6 @@ class Company:
         me = Record(identity.peer, identity.incarnation)
         self.membership = Membership(me, topology, settings.suspect_after_s, settings.status_every_s)
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
-        self.neighbours.heard_of = self.membership.heard_of
         self.farewell = Farewell(identity.peer, self.tell, self.membership.onward)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
@@ -88,6 +91,15 @@ class Company:
         """Version of the roster that the lane was last told of."""
         self._spread = -1
         """All news up to this one are told to all neighbours."""
+        self.porch = Porch(
+            self.membership,
+            self.neighbours,
+            self.farewell,
+            self.tell,
+            self._turn,
+            self._hand_over,
+            afresh=self._early.clear,
+        )
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -102,8 +114,12 @@ class Company:
         self._put, self._wake = put, wake
         self.neighbours.start(spawn)
 
+    def _hand_over(self, item: Item) -> None:
+        self._put(item)
+
     async def gather(self, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Wait for all neighbours, at most ``start_wait_s``; from then on newcomers are refused.
+        """Wait for all neighbours, at most ``start_wait_s``, or until one says that the run is under way; from then on
+        newcomers need a sponsor.
 
         Raises Alone when there should be neighbours and none is there.
         """
@@ -112,7 +128,7 @@ class Company:
         missing: list[PeerId] = []
         try:
             async with asyncio.timeout(self._settings.start_wait_s):
-                while not stopping() and not all(map(neighbours.connected, wanted)):
+                while not (stopping() or self.porch.under_way or all(map(neighbours.connected, wanted))):
                     await change()
         except TimeoutError:
             missing = [peer for peer in wanted if not neighbours.connected(peer)]
@@ -120,12 +136,16 @@ class Company:
                 waited = f"within {self._settings.start_wait_s:g} s"
                 tried = ", ".join(missing) + self._last_refusal
                 raise Alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
+        if self.porch.under_way:
+            return
         neighbours.open_to_new = False
         for turn in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
             self._turn(turn)
 
-    def begin(self) -> None:
-        """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there."""
+    def begin(self, end: float | None) -> None:
+        """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
+        ``end``: when it will be over, loop time, if that is known."""
+        self.porch.open_until = math.inf if end is None else end - LATE_S
         self._begun = True
         for item in self._early:
             self._put(item)
@@ -134,6 +154,7 @@ class Company:
     def rest(self) -> None:
         """Training is over: look for nobody new."""
         self._seeking = False
+        self.porch.open_until = -math.inf
 
     def close(self) -> None:
         for timer in (self._aging, self._carrying, self._parting):
@@ -159,6 +180,8 @@ class Company:
         """Hand an encoded message to sessions; never waits."""
         for peer, budget_bytes in zip(to, budgets or (0,) * len(to), strict=True):
             seq = self.neighbours.send(peer, message.stream, body)
+            if not seq:
+                self.porch.hold(peer, message)
             self._journal.sent(peer, seq, len(body), message, budget_bytes)
 
     def tell(self, to: tuple[PeerId, ...], message: Message) -> None:
@@ -169,6 +192,8 @@ class Company:
 
     def gossip(self, **own: int | float) -> None:
         """Tell each neighbour our own record, if it is time to, and those that it hears only through us."""
+        if self.neighbours.sponsor is not None:
+            return
         self.membership.roster.beat(asyncio.get_running_loop().time(), **own)
         self._spread_news()
 
@@ -215,7 +240,7 @@ class Company:
     def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         self._journal.meter.received(peer, len(body))
         item = Heard(peer, stream, seq, body)
-        if self._begun or stream == Stream.CONTROL:
+        if self._begun or stream == Stream.CONTROL or (stream == Stream.BULK and self.neighbours.sponsor is not None):
             self._put(item)
         else:
             self._early.append(item)
@@ -225,6 +250,9 @@ class Company:
 
     def up(self, peer: PeerId, incarnation: int) -> None:
         roster = self.membership.roster
+        if self.porch.up(peer, incarnation):
+            self._wake()
+            return
         self._turn(roster.alive(peer, incarnation, asyncio.get_running_loop().time()))
         roster.version += 1
         self._spread = -1
@@ -234,6 +262,7 @@ class Company:
 
     def down(self, peer: PeerId, reason: str) -> None:
         loop, patience_s = asyncio.get_running_loop(), self._settings.lost_after_s
+        self.porch.down(peer, patience_s)
         self.membership.roster.lost(peer, loop.time(), patience_s)
         self._journal.member(peer, "link lost", reason)
         if self._aging is not None:
@@ -241,6 +270,8 @@ class Company:
         self._aging = loop.call_later(patience_s + 1e-3, self.age)
 
     def refused(self, peer: PeerId, reason: str) -> None:
+        self.porch.refused(peer, reason, begun=self._begun)
+        self._wake()
         self._last_refusal = f"; refused: {reason[:REASON_CHARS_MAX]}"
         self._journal.refused(peer, reason)
 
@@ -262,6 +293,8 @@ class Company:
         match message.kind:
             case "~status":
                 self._news(message)
+            case "~ask" | "~ready" | "~join":
+                self.porch.notice(message)
             case "~done" if not self._topology.peers.keys() >= set(names_of(message)):
                 self.refuse(message.hop, "~done: of a peer that is not in the topology")
             case "~done":
@@ -285,9 +318,11 @@ class Company:
             return
         now, roster = asyncio.get_running_loop().time(), self.membership.roster
         for record in records:
+            if self._begun and not self.porch.believes(record, message.hop):
+                continue
             self._turn(roster.hear(record, message.hop, now))
             if record.silent and roster.hears(record.peer, now):  # let it refute that
-                self.tell((record.peer,), replace(message, origin=PeerId("")))
+                self.tell((record.peer,), Message("~status", fields=message.fields, stream=Stream.CONTROL))
         if self._topology.talk != "mesh":
             self._carry_soon(urgent=any(record.silent for record in records))
 
@@ -332,7 +367,7 @@ class Company:
         self.membership.changed()
         if change.state is State.SILENT:
             self._spread_news()
-        if self._seeking:
+        if self._seeking and self.neighbours.sponsor is None:
             self.neighbours.want(self.membership.neighbours)
         if self._seen != self.membership.roster.version:
             self._seen = self.membership.roster.version

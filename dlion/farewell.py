@@ -77,5 +77,10 @@ class Farewell:
             return all(peer in self._byes or peer in self._done for peer in near)
         return len(self._done) >= len(living) and all(peer in self._done for peer in living if peer != self._me)
 
+    def forget(self, peer: PeerId) -> None:
+        """``peer`` is there again, in another life."""
+        self._done.pop(peer, None)
+        self._byes.discard(peer)
+
     def finished(self, peer: PeerId) -> bool:
         return peer in self._done

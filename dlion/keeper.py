@@ -22,6 +22,7 @@ class Keeper:
     def __init__(self, seams: Seams, every_s: float, membership: Membership, learner: Learner) -> None:
         self.resume = seams.resume
         self.keep = seams.keep
+        self._seed = seams.seed
         self.cuts = Cuts(self.trainer_state, seams.spool)
         """For the lane."""
         self.zero_s = 0.0 if self.resume is None else self.resume.t
@@ -41,6 +42,18 @@ class Keeper:
             self._others = int(self.resume.node.get("others", 0))
             if isinstance(learner.batcher, Stateful) and "batcher" in self.resume.node:
                 learner.batcher.restore(self.resume.node["batcher"])
+
+    def start_over(self) -> Flat:
+        """We come into a run under way: of what was saved only the learner's part is ours. Returns the weights that
+        everybody began with."""
+        trainer, workload = self._trainer, self._trainer.workload
+        start = workload.initial(self._seed).flat.copy()
+        if self.resume is not None and self.resume.trainer is not None:
+            trainer.restore(self.resume.trainer)
+            self.resume = None
+        elif isinstance(self._batcher, Stateful) and "started_at" in (held := self._batcher.state()):
+            self._batcher.restore({**held, "started_at": 0.0})
+        return start
 
     @property
     def begun(self) -> tuple[int, int]:

@@ -7,17 +7,33 @@ loop. Decoding, admission, hooks, selection, encoding and additions happen here;
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from dlion.blocks import Block
 from dlion.cut import MARK, Cuts, Part, first_of, frozen, life_of
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
+from dlion.items import (
+    Barrier,
+    DrainNow,
+    Enter,
+    Fired,
+    Heard,
+    Item,
+    Look,
+    MembersChanged,
+    Outcome,
+    Renewed,
+    Resume,
+    Spoken,
+    TakeCut,
+    Writable,
+)
 from dlion.messages import Message, PeerId, Stream
-from dlion.observe.runlog import Apply, Event, Refuse
+from dlion.newcomers import JOIN, NEWCOMER_KINDS, Newcomers
+from dlion.observe.runlog import Apply, Refuse
 from dlion.once import Once
 from dlion.tensors import Flat, add_scaled
 from dlion.wire.admit import Admit
@@ -27,99 +43,6 @@ from dlion.wire.limits import Limits
 
 class Diverged(ArithmeticError):  # noqa: N818 - what happened to the user
     """The peer's own update is not finite."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """A whole message arrived from ``hop``."""
-
-    hop: PeerId
-    stream: int
-    seq: int
-    body: bytes | memoryview
-
-
-@dataclass(frozen=True)
-class Writable:
-    peer: PeerId
-
-
-@dataclass(frozen=True)
-class Fired:
-    """A strategy's timer."""
-
-    key: str
-
-
-@dataclass(frozen=True)
-class MembersChanged:
-    """``ctx.members``, ``ctx.links`` or ``ctx.routes`` are new."""
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """All updates up to ``step`` (None: all that will ever come) are here: staged additions become visible."""
-
-    step: int | None
-
-
-@dataclass(frozen=True)
-class DrainNow:
-    """Training is over here: ask the strategy for what it still owes, from now on after every batch.
-
-    Staged additions stay staged, so that the last steps too are summed in the same order everywhere.
-    """
-
-
-@dataclass(frozen=True)
-class Look:
-    """Show the weights to ``observer(view, replica)``; neither may be kept."""
-
-    observer: Callable[[Flat, Flat], Iterable[Event]]
-
-
-@dataclass(frozen=True)
-class TakeCut:
-    """Start a cut of all peers, unless one is open; ``last``: everybody has drained, so our own state is a part."""
-
-    last: bool = False
-
-
-@dataclass(frozen=True)
-class Resume:
-    """Go on from ``part``: comes before the first step, when all neighbours are there."""
-
-    part: Part
-
-
-Item = Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look | TakeCut | Resume
-
-
-class Spoken(NamedTuple):
-    """A message to send: to whom, its bytes, what it was, and how many bytes each link was allowed (() = not said)."""
-
-    to: tuple[PeerId, ...]
-    body: bytes
-    message: Message
-    budgets: tuple[int, ...]
-
-
-@dataclass
-class Outcome:
-    """What a batch of items asks the loop to do, and what it found."""
-
-    sends: list[Spoken] = field(default_factory=list)
-    timers: list[Timer] = field(default_factory=list)
-    notices: list[Message] = field(default_factory=list)
-    """Messages of the node's own kinds."""
-    refused: list[tuple[PeerId, str]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    scanned: int = 0
-    """Float32 entries read or written: what the simulation charges for."""
-    ready: bool = True
-    owes: bool = False
-    part: Part | None = None
-    """Of a cut that is whole here."""
 
 
 class Replica:
@@ -157,12 +80,14 @@ class Replica:
         self._samples = 0
         self._timers: dict[str, float] = {}
         self._cuts = cuts or Cuts()
+        self.newcomers = Newcomers(exchange, ctx, self._forget, self._become, lambda: self._cuts.newest)
         exchange.setup(ctx)
 
     def stage(self) -> None:
         """Hold additions back until a ``Barrier`` (lockstep); sums of several steps have no place in its order."""
         self.exchange.sums = False
         self._staged = []
+        self.newcomers.staged = True
 
     def snapshot_into(self, buffer: Flat) -> None:
         """Copy the weights as they are between two additions; the one thing other lanes may do with them."""
@@ -183,6 +108,7 @@ class Replica:
         if why := self._cuts.give_up(now, self.ctx.links):
             outcome.events.append(Refuse(t=now, peer=self.ctx.me, reason=why))
         outcome.part = self._cuts.done()
+        outcome.entered, self.newcomers.entered = self.newcomers.entered, None
         return outcome
 
     def _handle(self, item: Item, outcome: Outcome) -> None:
@@ -204,6 +130,7 @@ class Replica:
                 self._perform(exchange.on_timer(item.key, ctx), outcome)
             case MembersChanged():
                 self._perform(exchange.on_members(ctx), outcome)
+                self._perform(self.newcomers.look(), outcome)
             case Barrier():
                 self._commit(item.step, outcome)
             case DrainNow():
@@ -211,10 +138,11 @@ class Replica:
             case Look():
                 outcome.events.extend(item.observer(exchange.view(ctx.weights), ctx.weights))
             case TakeCut():
-                if item.last or self._cuts.part is None:
-                    self._cut(self._cuts.last if item.last else self._cuts.newest + 1, outcome)
+                self._take_cut(item, outcome)
             case Resume():
                 self._resume(item.part, outcome)
+            case Enter() | Renewed():
+                self._renew(item)
 
     def _hear(self, item: Heard, outcome: Outcome) -> None:
         try:
@@ -222,6 +150,7 @@ class Replica:
         except Malformed as error:
             outcome.refused.append((item.hop, f"malformed: {error}"))
             return
+        message = self.newcomers.unwrap(message)
         reason = self._admit.check(message)
         if reason is None and int(message.stream) != item.stream:
             reason = "said on another stream than it claims"
@@ -230,14 +159,10 @@ class Replica:
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
-        if message.kind == MARK:
-            self._marked(message, item, outcome)
+        if self.newcomers.deaf(message, item.stream):
             return
         if message.kind.startswith("~"):
-            leaves = message.kind == "~done" and message.fields["leaving"] and message.fields["peer"] == item.hop
-            if leaves and (link := self.ctx.links.get(item.hop)) is not None:
-                self._perform(self.exchange.on_leave(link, self.ctx), outcome)  # goes before our goodbye
-            outcome.notices.append(message)
+            self._hear_node(message, item, outcome)
             return
         self._cuts.hear(item.hop, item.stream, item.seq, item.body)
         if message.kind in self.exchange.additive and self._once.again(message):
@@ -245,14 +170,32 @@ class Replica:
             why = f"duplicate: {who}'s steps {first} to {last} came over another route"
             outcome.events.append(Refuse(t=self.ctx.now, peer=item.hop, reason=why))
             return
+        self._perform(self.newcomers.pass_on(message), outcome)
         for origin, _, last in message.coverage:
             self.applied[origin] = max(last, self.applied.get(origin, -1))
         self._perform(self.exchange.on_message(message.origin, message, self.ctx), outcome)
 
+    def _hear_node(self, message: Message, item: Heard, outcome: Outcome) -> None:
+        """One of the node's own kinds."""
+        if message.kind == MARK:
+            self._marked(message, item, outcome)
+            return
+        if message.kind in NEWCOMER_KINDS:
+            try:
+                self._perform(self.newcomers.hear(message), outcome)
+            except ValueError as error:
+                outcome.refused.append((item.hop, str(error)))
+                return
+        leaves = message.kind == "~done" and message.fields["leaving"] and message.fields["peer"] == item.hop
+        if leaves and (link := self.ctx.links.get(item.hop)) is not None:
+            self._perform(self.exchange.on_leave(link, self.ctx), outcome)  # goes before our goodbye
+        outcome.notices.append(message)
+
     @staticmethod
     def _stranger(message: Message, peers: Collection[PeerId]) -> str | None:
         """Is it said in the name of anybody who is not in the topology?"""
-        for name in (message.origin, *(span.origin for span in message.coverage)):
+        named = (message.fields["peer"],) if message.kind == JOIN else ()
+        for name in (message.origin, message.hop, *named, *(span.origin for span in message.coverage)):
             if name not in peers:
                 return f"{message.kind}: {name[:64]!r} is not in the topology"
         return None
@@ -331,6 +274,25 @@ class Replica:
                 "lower train.learning_rate or check the data"
             )
 
+    # -- newcomers ----------------------------------------------------------------------------------------------
+
+    def _renew(self, item: Enter | Renewed) -> None:
+        """A new life begins, ours or another's."""
+        if isinstance(item, Renewed):
+            self._forget(item.peer)
+        else:
+            self._become(item.start, 0, 0)
+            self.newcomers.enter(item.sponsor, item.life, 2 * len(self._peers or ()) + 2)
+
+    def _forget(self, peer: PeerId) -> None:
+        self._once.forget(peer)
+        self.applied.pop(peer, None)
+
+    def _become(self, weights: Flat, step: int, cut: int) -> None:
+        with self._mutex:
+            np.copyto(self._weights, weights)
+        self.ctx.step, self._cuts.newest = step, cut
+
     # -- cuts ---------------------------------------------------------------------------------------------------
 
     def _marked(self, message: Message, item: Heard, outcome: Outcome) -> None:
@@ -340,8 +302,16 @@ class Replica:
             outcome.refused.append((item.hop, f"{MARK}: cut {number} is of another life of this run"))
             return
         if item.hop in self.ctx.links and number > self._cuts.newest:
+            if self.newcomers.settling:
+                why = f"{MARK}: no checkpoint while somebody comes in"
+                outcome.events.append(Refuse(t=self.ctx.now, peer=item.hop, reason=why))
+                return
             self._cut(number, outcome)
         self._cuts.mark(number, item.hop, item.stream, int(message.fields["bulk"]))
+
+    def _take_cut(self, item: TakeCut, outcome: Outcome) -> None:
+        if item.last or (self._cuts.part is None and not self.newcomers.settling):
+            self._cut(self._cuts.last if item.last else self._cuts.newest + 1, outcome)
 
     def _cut(self, number: int, outcome: Outcome) -> None:
         """Save our part as it is between two items, and say so on every link.

@@ -25,7 +25,7 @@ class Membership:
         self.plan: Plan = self._replan()
         self._planned = self.roster.shape
         self._shown = -1
-        self._rates: tuple[int, dict[PeerId, float]] = (-1, {})
+        self._rates: tuple[int, dict[str, float]] = (-1, {})
 
     def changed(self) -> None:
         """Somebody's state changed: plan the bridges anew if it makes a difference."""
@@ -88,9 +88,15 @@ class Membership:
         r = self.roster.records[peer]
         return Member(peer, self.topology.cloud_of(peer), r.step, r.samples_per_s, r.batch, r.loss)
 
-    def heard_of(self, peer: PeerId, incarnation: int) -> bool:
-        """News of this very incarnation has come, directly or through others."""
-        return bool(incarnation) and self.roster.records[peer].incarnation == incarnation
+    def life_of(self, peer: PeerId) -> int:
+        """The incarnation of which news has come, directly or through others; 0: none."""
+        record = self.roster.records.get(peer)
+        return 0 if record is None else record.incarnation
+
+    def near(self, peer: PeerId) -> bool:
+        """Is ``peer`` one whom we talk to directly whenever both live?"""
+        topology = self.topology
+        return topology.talk == "mesh" or topology.cloud_of(peer) == topology.cloud_of(self.me)
 
     @property
     def rates(self) -> dict[str, float]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from dlion.identity import JOINING, NAME_SHOWN, TRAINING, UNDER_WAY, Identity, cut_of, mismatch, other_cut
 from dlion.messages import PROTOCOL_MAX, PROTOCOL_MIN, Hello, PeerId
 from dlion.net.chunks import Bye, ProtocolError
 from dlion.net.connection import Connection
@@ -20,26 +21,6 @@ from dlion.net.greeting import Greeting
 from dlion.net.link import Dialer, Link, LinkError
 from dlion.net.session import Session, SessionLimits
 from dlion.wire.codec import Malformed, decode_hello, encode_hello
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who this peer is in this life. ``incarnation`` grows with every start of the same peer."""
-
-    run: str
-    peer: PeerId
-    incarnation: int
-    job: str
-    """Hash of the job: peers with another one are refused."""
-    model: str
-    """Layout digest."""
-    role: str = "trainer"
-    cut: str = ""
-    """The checkpoint that this peer goes on from; peers that go on from another one are refused."""
-
-    @property
-    def capabilities(self) -> list[str]:
-        return [CUT + self.cut] if self.cut else []
 
 
 @dataclass(frozen=True)
@@ -51,11 +32,8 @@ class DialSettings:
     heartbeat_s: float = 3.0
 
 
-CUT = "cut:"
 CONNECTED = "already connected"
 """The refusal of the second of two simultaneous dials: no fault of anybody."""
-NAME_SHOWN = 64
-"""Characters of a stranger's words that are repeated."""
 
 
 class Listener(Protocol):
@@ -100,9 +78,19 @@ class Neighbours:
         """Of every peer met and not gone, connected now or not."""
         self._met: dict[PeerId, Neighbour] = {}
         self.open_to_new = True
-        """False once training runs: a peer that was not there at the start would bring other weights."""
-        self.heard_of: Callable[[PeerId, int], bool] = lambda peer, incarnation: False
-        """Do we know this incarnation from others? Then it is no newcomer, but a bridge that moved."""
+        """False once training runs: a peer that was not there at the start must be introduced by its sponsor."""
+        self.admitted: dict[PeerId, int] = {}
+        """Present lives of those who came into the run, as their sponsors said."""
+        self.sponsors: Callable[[PeerId, int], str] = lambda peer, incarnation: "it takes nobody"
+        """Why we do not take this newcomer (empty: we do)."""
+        self.guests: set[PeerId] = set()
+        """Who asked us to show it in, and is not in yet."""
+        self.sponsor: PeerId | None = None
+        """While we come into a run: who shows us in. Nobody else is talked to."""
+        self.life_of: Callable[[PeerId], int] = lambda peer: 0
+        """The incarnation of a peer that we know, maybe from others: it is no newcomer, but a bridge that moved."""
+        self._cut = ""
+        """The checkpoint that the last peer we greeted goes on from."""
         self._listener = listener
         self._dialer = dialer
         self._limits = limits
@@ -124,6 +112,31 @@ class Neighbours:
             if peer not in self._wanted and peer not in self._gone:
                 self._turned.setdefault(peer, asyncio.Event())
                 self._wanted[peer] = self._spawn(self._keep(peer))
+
+    def ask(self, sponsor: PeerId) -> None:
+        """Begin a new life: forget all links, and keep one to ``sponsor`` only, whom we ask to show us in."""
+        for task in self._wanted.values():
+            task.cancel()
+        self.close_links()
+        for known in (self._wanted, self._met, self.connections, self._turned, self._quarantined):
+            known.clear()
+        self.identity = replace(self.identity, incarnation=self.identity.incarnation + 1, joining=True)
+        self.sponsor = sponsor
+        self.want([sponsor])
+
+    def shown_in(self) -> None:
+        """We are in the run: everybody may be talked to."""
+        self.identity, self.sponsor = replace(self.identity, joining=False, cut=self._cut), None
+        self.open_to_new = False
+
+    def introduce(self, peer: PeerId, incarnation: int) -> None:
+        """``peer`` has begun a new life; links to a former one are over."""
+        self.admitted[peer] = incarnation
+        self._gone.discard(peer)
+        if (met := self._met.get(peer)) is not None and met.incarnation < incarnation:
+            met.connection.close(Bye.REPLACED)
+            del self._met[peer], self.connections[peer]
+            self._turned.setdefault(peer, asyncio.Event()).set()
 
     def connected(self, peer: PeerId) -> bool:
         connection = self.connections.get(peer)
@@ -153,6 +166,9 @@ class Neighbours:
         for task in self._wanted.values():
             task.cancel()
         self._wanted.clear()
+        self.close_links()
+
+    def close_links(self) -> None:
         for connection in self.connections.values():
             connection.close()
 
@@ -167,6 +183,7 @@ class Neighbours:
 
     def _hello(self, peer: PeerId, refusal: str = "") -> bytes:
         me, neighbour = self.identity, self._met.get(peer)
+        life = self.life_of(peer) if neighbour is None else neighbour.incarnation
         return encode_hello(
             Hello(
                 protocol_min=PROTOCOL_MIN,
@@ -179,7 +196,7 @@ class Neighbours:
                 model=me.model,
                 cursors={} if neighbour is None else neighbour.connection.session.cursors(),
                 of=0 if neighbour is None else neighbour.incarnation,
-                capabilities=me.capabilities,
+                capabilities=me.capabilities + [f"{TRAINING}{life}"] * (not self.open_to_new),
                 refusal=refusal,
             )
         )
@@ -187,36 +204,33 @@ class Neighbours:
     def _objection(self, hello: Hello) -> str:
         """Why we will not talk to the sender of ``hello`` (empty: we will)."""
         me, peer = self.identity, PeerId(hello.peer)
-        if hello.protocol_max < PROTOCOL_MIN or hello.protocol_min > PROTOCOL_MAX:
-            theirs, ours = f"{hello.protocol_min}-{hello.protocol_max}", f"{PROTOCOL_MIN}-{PROTOCOL_MAX}"
-            return f"protocol mismatch: {peer[:NAME_SHOWN]} speaks {theirs}, {me.peer} speaks {ours}"
-        for what in ("run", "job", "model"):
-            theirs, ours = getattr(hello, what), getattr(me, what)
-            if theirs != ours:
-                return f"{what} mismatch: {peer[:NAME_SHOWN]} has {theirs[:NAME_SHOWN]!r}, {me.peer} has {ours!r}"
-        theirs = next((c.removeprefix(CUT)[:NAME_SHOWN] for c in hello.capabilities if c.startswith(CUT)), "")
-        if theirs != me.cut:
-            start = "starts afresh"
-            return (
-                f"checkpoint mismatch: {peer[:NAME_SHOWN]} {f'goes on from cut {theirs!r}' if theirs else start}, "
-                f"{me.peer} {f'goes on from cut {me.cut!r}' if me.cut else start}: start all of them with the same "
-                "--cut, or with --fresh"
-            )
+        if why := mismatch(me, hello):
+            return why
         if peer not in self.known or peer == me.peer:
             return f"unknown peer {peer[:NAME_SHOWN]!r}: {me.peer}'s topology does not name it as another"
         if self._quarantined.get(peer, 0.0) > asyncio.get_running_loop().time():
             return f"{peer} is quarantined by {me.peer} for repeated inadmissible messages"
-        return self._objection_to_life(peer, hello.incarnation)
+        return self._objection_to_life(peer, hello) or other_cut(me, hello)
 
-    def _objection_to_life(self, peer: PeerId, incarnation: int) -> str:
-        """Peers that were not there at the start, or have been replaced since, are refused."""
-        neighbour = self._met.get(peer)
-        newcomer = neighbour is None or incarnation > neighbour.incarnation
-        if newcomer and not self.open_to_new and not self.heard_of(peer, incarnation):
-            return f"{self.identity.peer} is training already: late join and rejoin are not possible in this version"
+    def _objection_to_life(self, peer: PeerId, hello: Hello) -> str:
+        """Who was not there at the start, or has been replaced since, needs a sponsor, or to be introduced by one."""
+        neighbour, incarnation, me = self._met.get(peer), hello.incarnation, self.identity.peer
         if neighbour is not None and incarnation < neighbour.incarnation:
             return f"{peer} was replaced: incarnation {incarnation} is older than {neighbour.incarnation}"
-        return ""
+        if self.sponsor is not None and peer != self.sponsor:
+            return f"{me} comes into the run, and talks to {self.sponsor} only until it is in"
+        if self.open_to_new:
+            knows = [c for c in hello.capabilities if c.startswith(TRAINING)]
+            late = self.sponsor is None and knows and knows != [f"{TRAINING}{self.identity.incarnation}"]
+            return f"{peer} {UNDER_WAY}" if late else ""
+        if (neighbour is not None and incarnation == neighbour.incarnation) or (
+            self.admitted.get(peer, self.life_of(peer)) == incarnation and JOINING not in hello.capabilities
+        ):
+            return ""
+        if JOINING in hello.capabilities:
+            shown = self.admitted.get(peer) == incarnation
+            return f"{peer} is shown in by somebody else already" if shown else self.sponsors(peer, incarnation)
+        return f"{me} {UNDER_WAY}, and nobody has shown {peer} in yet"
 
     async def _welcome(self, link: Link) -> None:
         """Greet who has dialled us. What it does wrong ends its link, nothing else."""
@@ -294,6 +308,8 @@ class Neighbours:
 
     def _adopt(self, peer: PeerId, hello: Hello, greeting: Greeting) -> None:
         met = hello.of == self.identity.incarnation
+        (self.guests.add if JOINING in hello.capabilities else self.guests.discard)(peer)
+        self._cut = cut_of(hello)
         self.connections[peer].attach(greeting, hello.cursors if met else {})
         self._turned.setdefault(peer, asyncio.Event()).set()
         self._listener.up(peer, hello.incarnation)
@@ -306,7 +322,7 @@ class Neighbours:
         """Dial ``peer`` whenever there is no link to it. The lower name dials first; the other gives it a moment."""
         s, turned = self._settings, self._turned[peer]
         pause = s.backoff_min_s
-        patience = 0.0 if self.identity.peer < peer else 10 * s.backoff_min_s
+        patience = 0.0 if self.identity.peer < peer or peer == self.sponsor else 10 * s.backoff_min_s
         complained = ""
         while True:
             if self.connected(peer):

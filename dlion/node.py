@@ -17,14 +17,14 @@ from dlion.company import NODE_KINDS, Company
 from dlion.compute import Lane
 from dlion.exchange.base import Context, Exchange, Member, Update
 from dlion.exchange.pace import Pace, Progress
+from dlion.identity import Identity
+from dlion.items import Barrier, DrainNow, Fired, Item, Look, MembersChanged, Outcome, Resume, TakeCut
 from dlion.journal import Journal, Waits
 from dlion.keeper import Keeper
-from dlion.lane import Barrier, DrainNow, Fired, Item, Look, MembersChanged, Outcome, Replica, Resume, TakeCut
+from dlion.lane import Replica
 from dlion.learn.trainer import StepResult
 from dlion.learn.workload import Ended
 from dlion.mesh.topology import Topology
-from dlion.messages import PeerId
-from dlion.neighbours import Identity
 from dlion.net.link import Link
 from dlion.net.session import SessionLimits
 from dlion.observe.status import State as NodeState
@@ -90,6 +90,7 @@ class Node:
         self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, cuts=cuts)
         if pace.staged:
             self.replica.stage()
+        self.company.porch.refusal = lambda: self.replica.newcomers.refusal
         self._snapshot = np.empty_like(weights)
         self._inbox: list[Item] = []
         self._busy = False
@@ -164,15 +165,15 @@ class Node:
         """Seconds since training began here."""
         return self._loop.time() - self._zero
 
-    def available_bps(self, peer: PeerId) -> float | None:
-        """What the topology gives the link to ``peer`` now."""
-        return self.journal.available_bps(peer)
-
     async def _live(self) -> None:
         try:
             running = [self._spawn(self._tick()), self._spawn(self._exchange())]
             self.state = "joining"
             await self.company.gather(lambda: bool(self._stopping), self._change)
+            if self.company.porch.under_way and not self._stopping:
+                start, stopping = self.keeper.start_over(), lambda: bool(self._stopping)
+                entered = await self.company.porch.enter(start, self.settings.start_wait_s, stopping, self._change)
+                self.keeper.zero_s, self.step = entered.t, entered.step
             self._begin()
             await self._train()
             await self._drain()
@@ -191,11 +192,12 @@ class Node:
         self._put(MembersChanged())
         if self.keeper.resume is not None:
             self._put(Resume(self.keeper.resume))
-        self.company.begin()
+        until_s = self.settings.until_s
+        self.company.begin(None if until_s is None else self._zero + until_s)
         self._look()
-        if self.settings.until_s is not None:
+        if until_s is not None:
             end = partial(self.stop, "until", leaving=False)
-            self._timers["~until"] = self._loop.call_at(self._zero + self.settings.until_s, end)
+            self._timers["~until"] = self._loop.call_at(self._zero + until_s, end)
 
     async def _change(self) -> None:
         """Until anything happened that a waiting loop should look at."""
@@ -249,13 +251,16 @@ class Node:
         """Wait until the next step may start: the lane took our last update, strategy and pace agree."""
         waits = Waits()
         while not self._stopping:
+            self.company.porch.check(self.replica.newcomers.unsure)
             verdict = "wait" if self._own_pending else self.pace.may_start(self.step, self._progress())
             reason = "room" if self._own_pending else "pace" if verdict == "wait" else "strategy"
             if reason == "strategy" and self._outcome.ready:
                 if isinstance(verdict, int):
                     self.step = max(self.step, verdict)
-                if self.pace.staged and self.step:
-                    await self._barrier()
+                if self.pace.staged and self.step:  # the lane applies what was staged in the finished step, in order
+                    self._put(Barrier(self.step - 1))
+                    while self._own_pending:
+                        await self._change()
                 break
             since = self.now
             await self._change()
@@ -263,14 +268,7 @@ class Node:
         return waits
 
     def _progress(self) -> Progress:
-        applied = self.replica.applied
-        return Progress(self.step - 1, {p: applied.get(p, -1) for p in self.membership.roster.live if p != self.me})
-
-    async def _barrier(self) -> None:
-        """Have the lane apply the staged additions of the finished step, in order."""
-        self._put(Barrier(self.step - 1))
-        while self._own_pending:
-            await self._change()
+        return Progress(self.step - 1, self.company.porch.progress(self.replica.applied))
 
     # -- exchange loop ------------------------------------------------------------------------------------------
 
@@ -321,6 +319,7 @@ class Node:
         for message in outcome.notices:
             company.notice(message)
         self.keeper.hand_over(outcome.part)
+        company.porch.entered = outcome.entered or company.porch.entered
 
     def checkpoint(self) -> bool:
         """Start a checkpoint of all peers now; False when it cannot be (not training, or somebody is not there)."""
@@ -351,7 +350,7 @@ class Node:
                 if self.keeper.due(self.now):
                     self._put(TakeCut())
                 if self.now >= look_at:
-                    look_at += s.evaluate_every_s
+                    look_at += s.evaluate_every_s * (1 + (self.now - look_at) // s.evaluate_every_s)
                     self._look()
             if self.state != "joining":
                 self.journal.links(self.neighbours.connections, s.status_every_s)
@@ -379,7 +378,7 @@ class Node:
                 while self._outcome.owes:
                     await self._change()
                 self.company.farewell.say(self._leaving)
-                while not self._all_said():  # noqa: ASYNC110 - acknowledgements wake nobody
+                while not self.company.all_said(self._leaving) or self._outcome.owes or self._inbox or self._busy:  # noqa: ASYNC110 - acknowledgements wake nobody
                     await asyncio.sleep(0.02)
         except TimeoutError:
             self._stopping += " (drain cut short)"
@@ -394,7 +393,3 @@ class Node:
         """Until the lane has taken all that is in the inbox."""
         while self._inbox or self._busy:
             await self._change()
-
-    def _all_said(self) -> bool:
-        quiet = not (self._outcome.owes or self._inbox or self._busy)
-        return self.company.all_said(self._leaving) and quiet

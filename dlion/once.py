@@ -39,6 +39,10 @@ class Once:
             del runs[:-RUNS_MAX]
         return False
 
+    def forget(self, peer: PeerId) -> None:
+        """``peer`` begins anew, and may count its steps as it likes."""
+        self._runs.pop(peer, None)
+
     def state(self) -> dict[str, list[list[Any]]]:
         """For a checkpoint."""
         return {origin: [list(run) for run in runs] for origin, runs in self._runs.items()}

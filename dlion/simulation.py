@@ -7,6 +7,7 @@ implementation of anything. Real gradients, modelled durations.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,6 +20,7 @@ from dlion.net.link import Link, LinkError
 from dlion.net.pipe import pipe
 from dlion.net.shaped import Bottleneck, Route
 from dlion.node import Node, Seams
+from dlion.porch import NotShownIn
 from dlion.tensors import Flat
 
 T = TypeVar("T")
@@ -89,8 +91,8 @@ class MemoryNetwork:
             elif acceptor == peer:
                 ends[1].abort()
 
-    def dialer(self, me: PeerId) -> MemoryDialer:
-        return MemoryDialer(self, me)
+    def dialer(self, me: PeerId, life: int = 1) -> MemoryDialer:
+        return MemoryDialer(self, me, life)
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class MemoryDialer:
 
     network: MemoryNetwork
     me: PeerId
+    life: int = 1
+    """How often this peer was started."""
 
     async def dial(self, peer: str) -> Link:
         network, other = self.network, PeerId(peer)
@@ -129,6 +133,14 @@ class Death:
     at_s: float
 
 
+@dataclass(frozen=True)
+class Birth:
+    """At ``at_s`` virtual seconds the peer is started: late, if it was not there before, or again."""
+
+    peer: PeerId
+    at_s: float
+
+
 @dataclass
 class Result:
     """What is left of a simulated run."""
@@ -137,6 +149,8 @@ class Result:
     replicas: dict[PeerId, Flat] = field(repr=False)
     views: dict[PeerId, Flat] = field(repr=False)
     steps: dict[PeerId, int]
+    turned_away: dict[PeerId, str] = field(default_factory=dict)
+    """Who came into the run under way and was not taken, and why."""
 
 
 class Stuck(clock.Deadlock):
@@ -149,35 +163,65 @@ def simulate(
     deaths: tuple[Death, ...] = (),
     on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None = None,
     *,
+    births: tuple[Birth, ...] = (),
     start_s: float = 0.0,
 ) -> Result:
-    """Run all peers of ``topology`` until each has finished; ``make`` builds a peer's node. The clock shows ``start_s``
+    """Run all peers of ``topology`` until each has finished; ``make`` builds a peer's node, once for each of its lives
+    (``dialer.life``). Who is born before it dies was not there at the start. The clock shows ``start_s``
     at first: a resumed run goes on in its network's traces where it was.
 
     Raises what any node raised, Deadlock when nothing can happen any more, Stuck when nobody steps.
     """
-    result: Result = clock.run(_run(topology, make, deaths, on_progress), start_s)
+    result: Result = clock.run(_run(topology, make, deaths, births, on_progress), start_s)
     return result
 
 
-async def _run(
-    topology: Topology,
-    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
-    deaths: tuple[Death, ...],
-    on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None,
-) -> Result:
-    network = MemoryNetwork(topology)
-    loop = asyncio.get_running_loop()
-    nodes = {peer: make(peer, network.dialer(peer), ModelledCompute()) for peer in sorted(topology.peers)}
+class _Stage:
+    """The peers that live now, and those that did."""
 
-    async def live(peer: PeerId, node: Node) -> None:
-        async with node:
-            network.doors[peer] = node.accept
-            await node.wait()
-            del network.doors[peer]
+    def __init__(
+        self,
+        topology: Topology,
+        make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self.network = MemoryNetwork(topology)
+        self.nodes: dict[PeerId, Node] = {}
+        self.lives: dict[PeerId, asyncio.Task[None]] = {}
+        self.dead: set[PeerId] = set()
+        self.turned_away: dict[PeerId, str] = {}
+        self._make, self._group = make, group
+        self._born: Counter[PeerId] = Counter()
 
-    async def watch() -> None:
-        before = -1
+    def begin(self, peer: PeerId) -> None:
+        """A life of ``peer`` begins; nothing happens while another lasts."""
+        if peer in self.lives and not self.lives[peer].done():
+            return
+        self._born[peer] += 1
+        self.dead.discard(peer)
+        self.nodes[peer] = node = self._make(peer, self.network.dialer(peer, self._born[peer]), ModelledCompute())
+        self.lives[peer] = self._group.create_task(self._live(peer, node))
+
+    async def _live(self, peer: PeerId, node: Node) -> None:
+        try:
+            async with node:
+                self.network.doors[peer] = node.accept
+                await node.wait()
+                del self.network.doors[peer]
+        except NotShownIn as fault:
+            self.network.kill(peer)
+            self.dead.add(peer)
+            self.turned_away[peer] = str(fault)
+
+    def kill(self, peer: PeerId) -> None:
+        if peer in self.lives and not self.lives[peer].done():
+            self.network.kill(peer)
+            self.lives[peer].cancel()
+            self.dead.add(peer)
+
+    async def watch(self, on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None) -> None:
+        """Raises Stuck."""
+        before, loop, nodes = -1, asyncio.get_running_loop(), self.nodes
         while True:
             await asyncio.sleep(WATCH_S)
             after = sum(node.step for node in nodes.values())
@@ -188,27 +232,38 @@ async def _run(
             if on_progress is not None:
                 on_progress(loop.time(), nodes)
 
+
+async def _run(
+    topology: Topology,
+    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+    deaths: tuple[Death, ...],
+    births: tuple[Birth, ...],
+    on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None,
+) -> Result:
+    loop = asyncio.get_running_loop()
+    comes = {peer: min((b.at_s for b in births if b.peer == peer), default=0.0) for peer in topology.peers}
+    goes = {peer: min((d.at_s for d in deaths if d.peer == peer), default=0.0) for peer in topology.peers}
     try:
         async with asyncio.TaskGroup() as group:
-            lives = {peer: group.create_task(live(peer, node)) for peer, node in nodes.items()}
-            watching = group.create_task(watch())
+            stage = _Stage(topology, make, group)
+            for peer in sorted(topology.peers):
+                if not comes[peer] or 0 < goes[peer] < comes[peer]:
+                    stage.begin(peer)
+            watching = group.create_task(stage.watch(on_progress))
             for death in deaths:
-                loop.call_at(death.at_s, _kill, lives[death.peer], network, death.peer)
-            for task in lives.values():
-                await asyncio.wait([task])
+                loop.call_at(death.at_s, stage.kill, death.peer)
+            for birth in births:
+                loop.call_at(birth.at_s, stage.begin, birth.peer)
+            while lives := [task for task in stage.lives.values() if not task.done()]:
+                await asyncio.wait(lives)
             watching.cancel()
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    dead = {death.peer for death in deaths if lives[death.peer].cancelled()}
-    alive = {peer: node for peer, node in nodes.items() if peer not in dead}
+    alive = {peer: node for peer, node in sorted(stage.nodes.items()) if peer not in stage.dead}
     return Result(
         loop.time(),
         {peer: node.ctx.weights for peer, node in alive.items()},
         {peer: node.exchange.view(node.ctx.weights) for peer, node in alive.items()},
-        {peer: node.step for peer, node in nodes.items()},
+        {peer: node.step for peer, node in sorted(stage.nodes.items())},
+        stage.turned_away,
     )
-
-
-def _kill(life: asyncio.Task[None], network: MemoryNetwork, peer: PeerId) -> None:
-    network.kill(peer)
-    life.cancel()

@@ -75,7 +75,7 @@ class StatusReader:
                 "lan": node.topology.lan(node.me, peer),
                 "rate_bps": connection.rate_bps,
                 "used_bps": 8 * (acked - before[0]) / passed_s if passed_s > 0 else 0.0,
-                "available_bps": node.available_bps(peer),
+                "available_bps": node.journal.available_bps(peer),
                 "rtt_s": connection.rtt_s,
                 "sent_bytes": meter.sent_bytes,
                 "received_bytes": meter.received_bytes,

@@ -16,6 +16,7 @@ from dlion.exchange.base import Exchange
 from dlion.exchange.dlion import DLion
 from dlion.exchange.full import Full
 from dlion.exchange.pace import PACES, Pace
+from dlion.identity import Identity
 from dlion.learn.batching import Batcher, Fixed
 from dlion.learn.models import Mlp
 from dlion.learn.optimizers import Sgd
@@ -24,12 +25,11 @@ from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workload import Evaluation, Indices, Workload
 from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
 from dlion.messages import PeerId
-from dlion.neighbours import Identity
 from dlion.net.link import Dialer
 from dlion.net.wan import Rate
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.runlog import Digest, Memory, RunLog, run_digest
-from dlion.simulation import Death, Result, simulate
+from dlion.simulation import Birth, Death, MemoryDialer, Result, simulate
 from dlion.tensors import Flat, Tensors
 
 FEATURES, CLASSES, SAMPLES, BATCH, RATE = 7, 4, 96, 8, 0.2
@@ -166,6 +166,7 @@ def run(
     seams: Callable[[str], Mapping[str, Any]] | None = None,
     start_s: float = 0.0,
     momentum: float = 0.0,
+    births: Iterable[Birth] = (),
 ) -> Ran:
     """All peers of ``topology`` for ``until_s`` virtual seconds; ``each`` may change a node before it starts,
     ``seams`` adds to its seams."""
@@ -173,7 +174,7 @@ def run(
     digests = {peer: Digest(memory) for peer, memory in memories.items()}
     nodes: dict[str, Node] = {}
 
-    def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
+    def make(peer: PeerId, dialer: MemoryDialer, compute: Compute) -> Node:
         strategy, added = exchange(), seams(peer) if seams else {}
         nodes[peer] = made = node(
             topology,
@@ -187,14 +188,17 @@ def run(
             settings=NodeSettings(**{"until_s": until_s, **(settings or {})}),
             workload=workload(peer),
             more=added,
-            identity={"cut": name_of(added["resume"].number)} if added.get("resume") else None,
+            identity={
+                "incarnation": 1000 * dialer.life,
+                **({"cut": name_of(added["resume"].number)} if added.get("resume") else {}),
+            },
             momentum=momentum,
         )
         if each is not None:
             each(made)
         return made
 
-    result = simulate(topology, make, tuple(deaths), start_s=start_s)
+    result = simulate(topology, make, tuple(deaths), births=tuple(births), start_s=start_s)
     logs = {str(peer): memory.data for peer, memory in memories.items()}
     start = workload(min(topology.peers)).initial(seed).flat
     return Ran(result, logs, start, run_digest({p: d.hexdigest for p, d in digests.items()}), nodes)

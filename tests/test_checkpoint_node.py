@@ -79,8 +79,8 @@ def at(*times_s: float) -> Callable[[Node], None]:
     def each(node: Node) -> None:
         begin = node.company.begin
 
-        def begun() -> None:
-            begin()
+        def begun(end: float | None) -> None:
+            begin(end)
             if node.me == "a1":
                 for time_s in times_s:
                     node._loop.call_at(time_s, node.checkpoint)
@@ -225,8 +225,8 @@ def test_two_who_start_at_once_start_one_cut() -> None:
     def each(node: Node) -> None:
         begin = node.company.begin
 
-        def begun() -> None:
-            begin()
+        def begun(end: float | None) -> None:
+            begin(end)
             if node.me in ("a1", "b2"):
                 node._loop.call_at(1.2, node.checkpoint)
 

@@ -91,8 +91,8 @@ def stopping(peer: str, at_s: float, reason: str = "signal") -> Callable[[Node],
         if made.me == peer:
             enter = made.company.begin
 
-            def begin() -> None:
-                enter()
+            def begin(end: float | None) -> None:
+                enter(end)
                 asyncio.get_running_loop().call_later(at_s, made.stop, reason)
 
             made.company.begin = begin  # type: ignore[method-assign]

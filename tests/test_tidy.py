@@ -31,9 +31,23 @@ WORLD = (
     "tempfile",
     "socket",
 )
-NODE = ("node", "company", "farewell", "journal", "lane", "membership", "neighbours", "once", "seams")
+NODE = (
+    "node",
+    "company",
+    "farewell",
+    "identity",
+    "items",
+    "journal",
+    "lane",
+    "membership",
+    "neighbours",
+    "newcomers",
+    "once",
+    "porch",
+    "seams",
+)
 """The files between which the node is divided."""
-SHARED = ("base", "pace", "owed", "spread", "rounds")
+SHARED = ("base", "estates", "pace", "owed", "spread", "rounds")
 """Common ground of the strategies; every other file in exchange is a strategy."""
 
 NEVER: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -9,7 +9,7 @@ which of our own checkpoints is used, and the greeting between nodes holds them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Annotated
 
@@ -37,6 +37,8 @@ class Told(msgspec.Struct):
     job: str
     peer: str
     cuts: dict[str, Numbers]
+    training: bool = False
+    """The run goes on already: what its peers once began with is of no consequence."""
 
 
 class Agreement:
@@ -47,13 +49,16 @@ class Agreement:
         self._run, self._job, self._me = str(facts["run"]), str(facts["job"]), me
         self._peers = frozenset(plan.peers)
         self._known: dict[str, frozenset[int]] = {me: frozenset(mine)}
+        self.training: Callable[[], bool] = lambda: False
+        """Are we?"""
+        self._under_way = False
 
     @property
     def complete(self) -> bool:
-        return self._known.keys() == self._peers
+        return self._under_way or self._known.keys() == self._peers
 
     def told(self) -> bytes:
-        return msgspec.json.encode(Told(self._run, self._job, self._me, self._known))
+        return msgspec.json.encode(Told(self._run, self._job, self._me, self._known, self.training()))
 
     def answer(self, said: bytes) -> bytes:
         """What we know, to whoever says what it knows. Raises ValueError for what makes no sense."""
@@ -66,12 +71,16 @@ class Agreement:
         told = msgspec.json.decode(said, type=Told)
         if (told.run, told.job) != (self._run, self._job):
             return
+        self._under_way |= told.training
         for peer, cuts in told.cuts.items():
             if peer in self._peers and peer != self._me and (peer == told.peer or peer not in self._known):
                 self._known[peer] = cuts
 
     def start(self) -> Start:
-        """The newest cut that all have who are known; Fault when there is none."""
+        """The newest cut that all have who are known; Fault when there is none. Where the run goes on already, our own
+        newest: of it, only what the trainer was is used."""
+        if self._under_way:
+            return Start()
         if common := frozenset.intersection(*self._known.values()):
             return Start(name_of(max(common)))
         have = "; ".join(

@@ -14,6 +14,7 @@ from dlion.config import ConfigError, Job, config_hash, job_hash
 from dlion.cut import name_of
 from dlion.exchange.base import Exchange
 from dlion.exchange.pace import PACES, Backup, Bounded, Pace
+from dlion.identity import Identity
 from dlion.learn import schedules, workloads
 from dlion.learn.batching import Batcher, Fixed, GlobalBatch, Weighted
 from dlion.learn.optimizers import AdamW, Optimizer, Plain, Sgd
@@ -21,7 +22,7 @@ from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workload import Choosing, Workload, WorkloadSpec
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
-from dlion.neighbours import DialSettings, Identity
+from dlion.neighbours import DialSettings
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.runlog import Header, RunLog
 from dlion.tensors import sketch

@@ -215,6 +215,7 @@ async def hosted(
         start = await agreed(agreement, known.values(), start, has=bool(have), wait_s=wait_s)
         keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start, damages)
         made = assemble(plan, peer, doors, out, known, does, keeping)
+        agreement.training = lambda: made.node.state in ("training", "draining")
         async with _admin(doors, made.status) as admin, made.node:
             door.open(made.accept)
             yield Hosted(made.node, made.status, here, admin, keeping)

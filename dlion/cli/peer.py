@@ -73,11 +73,14 @@ async def _run(plan: Plan, setup: PeerSetup, out: Path, start: Start) -> int:
 
 async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
     """Show the status until the node has finished."""
-    finished = asyncio.create_task(host.node.wait())
+    finished, told = asyncio.create_task(host.node.wait()), False
     try:
         while not finished.done():
             await asyncio.wait([finished], timeout=refresh_s)
             view.show([host.status()])
+            if (entered := host.node.company.porch.entered) is not None and not told:
+                told = True
+                view.say(f"{host.node.me}: the run was under way; came in at step {entered.step}, {entered.t:.1f} s")
         await finished
     finally:
         finished.cancel()

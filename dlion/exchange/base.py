@@ -214,6 +214,29 @@ class Exchange:
         """True while ``drain`` has more to say to a living neighbour (or waits for one)."""
         return False
 
+    # -- newcomers (``dlion.newcomers``) -------------------------------------------------------------------------
+
+    newcomers: bool = False
+    """Can somebody come into a run under way? Then the hooks below mean something."""
+
+    def estate(self, peer: PeerId) -> Flat | None:
+        """What was heard of the former life of ``peer``, if anybody must hear of that: its sponsor is asked."""
+        return None
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        """``peer`` begins a new life and counts when it is heard. It is owed what ``sponsor`` is owed (nothing if we
+        are that ourselves), or keeps its account where there is none. ``message`` brings the estate, as a block."""
+        return ()
+
+    def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
+        """Copies of what a newcomer must hold to take our place beside our common neighbours; in sum, the weights."""
+        return {"": self.view(ctx.weights).copy()}
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        """The newcomer's side; ``ctx.weights`` are still those that everybody began with. Raises ValueError."""
+
     def state(self) -> dict[str, Any]:
         """All that must survive a restart: arrays, Blocks, Messages and plain values in nested containers. Whoever
         keeps it copies it (``cut.frozen``) before anything else happens."""

@@ -165,6 +165,15 @@ class Owed:
         self.only = self._sum = self._whole = None
         self.unsaid = 0
 
+    def twin(self) -> Owed:
+        """An account of another neighbour that is owed the same."""
+        made = Owed(self.size)
+        made.only, made.cursor, made.cloud = self.only, self.cursor, self.cloud
+        made.unsaid = self.size if self else 0
+        made._sum = None if self._sum is None else self._sum.copy()
+        made._spans = dict(self._spans)
+        return made
+
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which copies what it keeps."""
         return {

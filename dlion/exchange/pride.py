@@ -12,7 +12,8 @@ al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it toget
   we do, in proportion to its speed, and take that back when its word of that time arrives. Own steps are kept for
   this, at most ``trust_steps`` of them: who is silent for longer is no longer guessed.
 - *Estates.* What a dead peer had told some and not others is settled in the drain: the first of those who heard it
-  tells the rest what it had heard in all. (A neighbour costs two arrays of the model's size: owed, and heard.)
+  tells the rest what it had heard in all (``estates``). (A neighbour
+  costs two arrays of the model's size: owed, and heard.)
 - *The consensus view*, the replica without what is only assumed, is what is evaluated, saved and served.
 """
 
@@ -26,9 +27,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, compress, dense
-from dlion.exchange.base import Action, Add, Context, LinkView, Member, Send, Speech, Timer, Update
+from dlion.exchange.base import Action, Add, Context, LinkView, Member, Timer, Update
+from dlion.exchange.estates import Estates
 from dlion.exchange.owed import Owed, Piece, exact
-from dlion.exchange.spread import Account, Spread
+from dlion.exchange.spread import Account
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat, add_scaled
 
@@ -84,7 +86,7 @@ class Allowance:
         self._paid_until[peer] += nbytes / self.bytes_per_s
 
 
-class Pride(Spread):
+class Pride(Estates):
     """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
     much of the others' moves to assume, 0 to 1; ``wan_bytes_per_s``: limit on each link out of the micro-cloud (0:
     none)."""
@@ -92,7 +94,6 @@ class Pride(Spread):
     name = "pride"
     consensus = True
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
-    speaks: ClassVar[Speech] = {**Spread.speaks, "estate": {"cloud": str, "of": str}}
 
     def __init__(
         self,
@@ -121,21 +122,12 @@ class Pride(Spread):
         self._via: dict[PeerId, Account] = {}
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
-        self._heard: dict[PeerId, Flat] = {}
-        """All that each neighbour has told us."""
-        self._met: dict[PeerId, str] = {}
-        """Who ever was a neighbour, and its micro-cloud."""
-        self._settled: set[PeerId] = set()
-        """The dead of whose estate we have told."""
-        self._wills: dict[PeerId, Message] = {}
-        """Estates told to us, until we too know that their owner is dead."""
         self._draining = False
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
-        self._size = ctx.layout.size
         self._rest = np.zeros(self._size, dtype=np.float32)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
@@ -174,10 +166,7 @@ class Pride(Spread):
             self._wills[PeerId(str(message.fields["of"]))] = message
             return
         yield from super().on_message(origin, message, ctx)
-        if message.hop not in self._heard:
-            self._heard[message.hop] = np.zeros(ctx.layout.size, dtype=np.float32)
-        for block in message.blocks:
-            block.add_to(self._heard[message.hop])
+        self.listen(message)
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return
@@ -212,26 +201,30 @@ class Pride(Spread):
         if self._rest.any():
             self._owe(exact(self._rest), (), ctx)
             self._rest = np.zeros_like(self._rest)
-        yield from self._settle(ctx)
-        yield from self._inherit(ctx)
+        yield from self.settle(ctx)
         limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
         yield from self._tell([a for a in self.owed if a[0] not in limited], ctx, everything=True)
         yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
         yield from self._later(ctx)
+
+    def unsaid(self) -> Flat:
+        return self._rest
+
+    def spares(self, link: LinkView) -> bool:
+        return self.allowance.limits(link)
 
     def owes(self, ctx: Context) -> bool:
         return bool(self._rest.any()) or super().owes(ctx)
 
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
-        mine = {"heard": self._heard, "rest": self._rest}
+        mine = {"rest": self._rest}
         return {**super().state(), **mine, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         """What was assumed is taken back as if of somebody who left."""
         super().restore(state, ctx)
         self._rest = np.array(state["rest"], dtype=np.float32)
-        self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
             self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
@@ -284,33 +277,6 @@ class Pride(Spread):
         owing = {peer for (peer, _), owed in self.owed.items() if owed}
         if any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
             yield Timer(ctx.now + self.period_s, "say")
-
-    # -- what the dead leave -------------------------------------------------------------------------------------
-
-    def _settle(self, ctx: Context) -> Iterator[Action]:
-        """The first of those who heard a dead peer says what it heard. Over bridges only its micro-cloud had heard it
-        speak for itself; a limited link is spared."""
-        told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
-        everybody = len(told) == len(ctx.members) - 1
-        for dead in sorted(set(self._met) - set(ctx.members) - self._settled):
-            if not everybody and self._met[dead] != ctx.cloud:
-                continue
-            heirs = [p for p in told if everybody or ctx.links[p].lan]
-            if ctx.me < min(heirs, default=ctx.me):
-                self._settled.add(dead)
-                heard = dense(self._heard.get(dead, np.zeros(ctx.layout.size, dtype=np.float32)))
-                message = Message("estate", ctx.step, 0, {"cloud": ctx.cloud, "of": dead}, (heard,))
-                yield Send(tuple(p for p in heirs if not self.allowance.limits(ctx.links[p])), message)
-
-    def _inherit(self, ctx: Context) -> Iterator[Action]:
-        """From now on we have heard of the dead what the first of us has."""
-        for dead in sorted(set(self._wills) - set(ctx.members)):
-            message = self._wills.pop(dead)
-            heard = message.blocks[0].values
-            missed = heard - self._heard.get(dead, np.float32(0))
-            self._heard[dead] = heard.copy()
-            yield Add(missed, message=message)
-            yield from self.spread(dense(missed), (), ctx, message)
 
     # -- what to assume ------------------------------------------------------------------------------------------
 

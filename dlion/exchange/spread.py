@@ -208,6 +208,20 @@ class Spread(Exchange):
             to.sort()
             yield Send(tuple(to), message, tuple(self.budget_bytes(ctx.links[peer], ctx) for peer in to))
 
+    # -- newcomers -----------------------------------------------------------------------------------------------
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        if sponsor is not None:
+            for side in (False, True):
+                self.owed.pop((peer, side), None)
+                if (owed := self.owed.get((sponsor, side))) is not None:
+                    self.owed[peer, side] = owed.twin()
+        self._last.pop(peer, None)
+        self._beside.discard(peer)
+        return ()
+
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:

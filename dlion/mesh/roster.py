@@ -127,6 +127,8 @@ class Roster:
         """Grows when somebody's compute power changes, or who is there to have any."""
         self.samples = sum(r.samples for r in self.records.values())
         """Processed by all, as far as heard."""
+        self.guests: set[PeerId] = set()
+        """Newcomers that are not ready to count, though they are heard."""
         self._live: tuple[PeerId, ...] | None = None
         self.version = 0
         """Grows when somebody begins or ceases to live."""
@@ -186,7 +188,7 @@ class Roster:
     def alive(self, peer: PeerId, incarnation: int, now: float) -> Change | None:
         """Something arrived from ``peer`` itself: it lives. A peer that left stays gone until a new incarnation."""
         state = self.states.get(peer)
-        if state is None or peer == self.me.peer:
+        if state is None or peer == self.me.peer or peer in self.guests:
             return None
         self._heard(peer, now)
         renewed = incarnation > self.records[peer].incarnation
@@ -197,6 +199,13 @@ class Roster:
         self.records[peer] = replace(known, silent=False)
         why = "first heard" if state is State.EXPECTED else "heard again"
         return self._turn(peer, State.LIVE, why)
+
+    def introduce(self, peer: PeerId, incarnation: int) -> Change:
+        """``peer`` begins a new life: what is known of its former one is over. It counts when it is heard."""
+        self._note(replace(self.records[peer], incarnation=incarnation, beat=0, silent=True), self.me.peer)
+        self._heard_at.pop(peer, None)
+        self._near_at.pop(peer, None)
+        return self._turn(peer, State.SILENT, "comes into the run")
 
     def near(self, peer: PeerId, at: float) -> Change | None:
         """Bytes came from ``peer`` over its link to us at the time ``at``, not long ago."""

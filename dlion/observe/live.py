@@ -40,6 +40,10 @@ class LiveView:
         if self._live is not None:
             self._live.stop()
 
+    def say(self, line: str) -> None:
+        """Something that happened once."""
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
     def show(self, statuses: Sequence[PeerStatus]) -> None:
         if self._live is None:
             self._console.print(progress_line(statuses), soft_wrap=True, highlight=False, markup=False)

@@ -16,7 +16,8 @@ import numpy as np
 
 from dlion.exchange.base import Context, Exchange, LinkView, Member, Update
 from dlion.exchange.pace import PACES, Pace, Progress
-from dlion.lane import Barrier, DrainNow, Fired, Heard, Item, MembersChanged, Replica, Writable
+from dlion.items import Barrier, DrainNow, Fired, Heard, Item, MembersChanged, Writable
+from dlion.lane import Replica
 from dlion.mesh.bridges import Plan, plan
 from dlion.mesh.topology import LinkSpec, PeerSpec, Topology
 from dlion.messages import PeerId, Stream

@@ -1,0 +1,156 @@
+"""Common ground of the strategies that know what each neighbour has told them: what a peer leaves when it dies, and
+what a newcomer must be given so that it can take part in that.
+
+Law: for every neighbour one array, the sum of all that it told us; one for what the dead had told, once everybody holds
+the same of it. So the replica is: start + own steps + what each has told + what is common. Of a death that nobody came
+back from, the first of those who heard it tells the rest in the drain what it had heard in all; of one that is followed
+by a new life, the newcomer's sponsor does, at once. Whoever is told has heard of the dead what the teller had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dlion.blocks import dense
+from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech
+from dlion.exchange.spread import Spread
+from dlion.messages import Message, PeerId, Scalar
+from dlion.tensors import Flat
+
+COMMON = "common"
+
+
+class Estates(Spread):
+    """Base: remembers what it heard of whom, and settles what the dead had told only some."""
+
+    speaks: ClassVar[Speech] = {**Spread.speaks, "estate": {"cloud": str, "of": str, "life": int}}
+    newcomers = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._heard: dict[PeerId, Flat] = {}
+        """All that each neighbour has told us in its present life."""
+        self._met: dict[PeerId, str] = {}
+        """Who ever was a neighbour, and its micro-cloud."""
+        self._settled: set[PeerId] = set()
+        """The dead of whose estate we have told."""
+        self._wills: dict[PeerId, Message] = {}
+        """Estates told to us, until we too know that their owner is dead."""
+        self._lives: dict[PeerId, int] = {}
+        """Of those who came again: their present life."""
+        self._common: Flat | None = None
+        """What former lives had told, and everybody has."""
+
+    def unsaid(self) -> Flat:
+        """Own steps that are in the replica and will be told later, to all alike."""
+        return np.zeros(self._size, dtype=np.float32)
+
+    def spares(self, link: LinkView) -> bool:
+        """Is this link too dear for an estate?"""
+        return False
+
+    def setup(self, ctx: Context) -> None:
+        super().setup(ctx)
+        self._size = ctx.layout.size
+
+    def listen(self, message: Message) -> None:
+        """Remember what was told."""
+        if message.hop not in self._heard:
+            self._heard[message.hop] = np.zeros(self._size, dtype=np.float32)
+        for block in message.blocks:
+            block.add_to(self._heard[message.hop])
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "heard": self._heard, "lives": dict(self._lives), COMMON: self._common}
+
+    def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
+        super().restore(state, ctx)
+        self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
+        self._lives = dict(state["lives"])
+        self._common = None if state[COMMON] is None else np.array(state[COMMON], dtype=np.float32)
+
+    # -- those who do not come back ------------------------------------------------------------------------------
+
+    def settle(self, ctx: Context) -> Iterator[Action]:
+        """The first of those who heard a dead peer says what it heard. Over bridges only its micro-cloud had heard it
+        speak for itself; a limited link is spared."""
+        told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
+        everybody = len(told) == len(ctx.members) - 1
+        for dead in sorted(set(self._met) - set(ctx.members) - self._settled):
+            if not everybody and self._met[dead] != ctx.cloud:
+                continue
+            heirs = [p for p in told if everybody or ctx.links[p].lan]
+            if ctx.me < min(heirs, default=ctx.me):
+                self._settled.add(dead)
+                estate = dense(self._heard.get(dead, np.zeros(self._size, dtype=np.float32)))
+                fields: dict[str, Scalar] = {"cloud": ctx.cloud, "of": dead, "life": self._lives.get(dead, 0)}
+                message = Message("estate", ctx.step, 0, fields, (estate,))
+                yield Send(tuple(p for p in heirs if not self.spares(ctx.links[p])), message)
+        for dead in sorted(set(self._wills) - set(ctx.members)):
+            message = self._wills.pop(dead)
+            if message.fields["life"] == self._lives.get(dead, 0):
+                heard = np.zeros(self._size, dtype=np.float32)
+                for block in message.blocks:
+                    block.add_to(heard)
+                yield from self._accept(dead, heard, ctx, message)
+                self._heard[dead] = heard
+
+    def _accept(self, dead: PeerId, estate: Flat, ctx: Context, message: Message) -> Iterator[Action]:
+        """From now on we have heard of the dead what the teller had."""
+        missed = estate - self._heard.get(dead, np.float32(0))
+        yield Add(missed, message=message)
+        yield from self.spread(dense(missed), (), ctx, message)
+
+    # -- those who do --------------------------------------------------------------------------------------------
+
+    def estate(self, peer: PeerId) -> Flat | None:
+        return self._heard.get(peer)
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        yield from super().introduce(peer, sponsor, life, ctx, message)
+        estate = self._heard.get(peer)
+        if message is not None:
+            heard = estate
+            estate = np.zeros(self._size, dtype=np.float32) if message.blocks or heard is not None else None
+            if estate is not None:
+                for block in message.blocks:
+                    block.add_to(estate)
+                yield from self._accept(peer, estate, ctx, message)
+        if estate is not None:
+            self._common = estate.copy() if self._common is None else self._common + estate
+        self._heard.pop(peer, None)
+        self._wills.pop(peer, None)
+        self._settled.discard(peer)
+        self._lives[peer] = life
+        self._met.setdefault(peer, ctx.cloud if message is None else str(message.fields["cloud"]))
+
+    def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
+        """What we heard of each common neighbour, what is common, and the rest, which is the start and what we told."""
+        beyond = set(ctx.routes.onward(peer, ctx.cloud))
+        rest = self.view(ctx.weights) - self.unsaid()
+        held = {} if self._common is None else {COMMON: self._common.copy()}
+        for other in sorted(set(self._met) | set(self._heard)):
+            if other in beyond or other == peer:
+                continue
+            name = f"{self._met.get(other, '')}\n{other}\n{self._lives.get(other, 0)}"
+            heard = self._heard.get(other)
+            held[name] = np.zeros(self._size, dtype=np.float32) if heard is None else heard.copy()
+        for flat in held.values():
+            rest -= flat
+        return {**held, "": rest}
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        if "" not in bequest:
+            raise ValueError("it holds no weights")
+        self._heard = {sponsor: bequest[""] - ctx.weights}
+        self._common = bequest.get(COMMON)
+        for name in bequest.keys() - {"", COMMON}:
+            cloud, peer, life = name.split("\n")
+            self._heard[PeerId(peer)] = bequest[name]
+            self._met[PeerId(peer)] = cloud
+            self._lives[PeerId(peer)] = int(life)

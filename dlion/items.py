@@ -1,0 +1,140 @@
+"""What happens to the exchange lane, and what it asks for in return.
+
+Law: values only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dlion.cut import Part
+from dlion.exchange.base import Timer, Update
+from dlion.messages import Message, PeerId
+from dlion.observe.runlog import Event
+from dlion.tensors import Flat
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A whole message arrived from ``hop``."""
+
+    hop: PeerId
+    stream: int
+    seq: int
+    body: bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Writable:
+    peer: PeerId
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A strategy's timer."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class MembersChanged:
+    """``ctx.members``, ``ctx.links`` or ``ctx.routes`` are new."""
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """All updates up to ``step`` (None: all that will ever come) are here: staged additions become visible."""
+
+    step: int | None
+
+
+@dataclass(frozen=True)
+class DrainNow:
+    """Training is over here: ask the strategy for what it still owes, from now on after every batch.
+
+    Staged additions stay staged, so that the last steps too are summed in the same order everywhere.
+    """
+
+
+@dataclass(frozen=True)
+class Look:
+    """Show the weights to ``observer(view, replica)``; neither may be kept."""
+
+    observer: Callable[[Flat, Flat], Iterable[Event]]
+
+
+@dataclass(frozen=True)
+class TakeCut:
+    """Start a cut of all peers, unless one is open; ``last``: everybody has drained, so our own state is a part."""
+
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on from ``part``: comes before the first step, when all neighbours are there."""
+
+    part: Part
+
+
+@dataclass(frozen=True)
+class Enter:
+    """Come into the run under way behind ``sponsor``, in this life of ours: what it sends is who we are to be.
+    ``start``: the weights that everybody began with."""
+
+    sponsor: PeerId
+    life: int
+    start: Flat
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """``peer`` lives again: the steps of its former life are not counted on."""
+
+    peer: PeerId
+
+
+Item = (
+    Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look | TakeCut | Resume | Enter | Renewed
+)
+
+
+@dataclass(frozen=True)
+class Entered:
+    """Where the run is that we came into; or why we could not."""
+
+    step: int = 0
+    t: float = 0.0
+    """Seconds of the sponsor's clock."""
+    fault: str = ""
+
+
+class Spoken(NamedTuple):
+    """A message to send: to whom, its bytes, what it was, and how many bytes each link was allowed (() = not said)."""
+
+    to: tuple[PeerId, ...]
+    body: bytes
+    message: Message
+    budgets: tuple[int, ...]
+
+
+@dataclass
+class Outcome:
+    """What a batch of items asks the loop to do, and what it found."""
+
+    sends: list[Spoken] = field(default_factory=list)
+    timers: list[Timer] = field(default_factory=list)
+    notices: list[Message] = field(default_factory=list)
+    """Messages of the node's own kinds."""
+    refused: list[tuple[PeerId, str]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    scanned: int = 0
+    """Float32 entries read or written: what the simulation charges for."""
+    ready: bool = True
+    owes: bool = False
+    part: Part | None = None
+    """Of a cut that is whole here."""
+    entered: Entered | None = None
+    """We have what our sponsor had, and may begin."""
