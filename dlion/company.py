@@ -19,7 +19,7 @@ from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
 from dlion.membership import Membership
-from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
+from dlion.mesh.roster import LIVING, STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Neighbours
@@ -41,6 +41,8 @@ NODE_KINDS: Kinds = {
 }
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
+EXPECTED = ("presumed", "finished")
+"""Why somebody's state changed that is not worth a line of the log, unless it is a neighbour."""
 TOGETHER_S = 0.02
 """Last words of those who stay wait so long for others to be passed on with."""
 CARRY_SHARE = 0.1
@@ -139,8 +141,7 @@ class Company:
         if self.porch.under_way:
             return
         neighbours.open_to_new = False
-        for turn in self.membership.roster.presume(asyncio.get_running_loop().time(), missing):
-            self._turn(turn)
+        self._turn(*self.membership.roster.presume(asyncio.get_running_loop().time(), missing))
 
     def begin(self, end: float | None) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
@@ -228,12 +229,12 @@ class Company:
             for peer in self.membership.neighbours
             if peer in connections and (connections[peer].connected or not farewell.finished(peer))
         ]
-        live = self.membership.roster.live
-        near = [peer for peer in near if peer in live]
+        roster = self.membership.roster
+        near = [peer for peer in near if roster.states[peer] in LIVING]
         for peer in near:
             if not connections[peer].session.idle:
                 connections[peer].ask()
-        return all(connections[p].session.idle for p in near) and farewell.complete(near, live, leaving)
+        return all(connections[p].session.idle for p in near) and farewell.complete(near, roster.live, leaving)
 
     # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
 
@@ -298,8 +299,7 @@ class Company:
             case "~done" if not self._topology.peers.keys() >= set(names_of(message)):
                 self.refuse(message.hop, "~done: of a peer that is not in the topology")
             case "~done":
-                for last in self.farewell.hear(message):
-                    self._turn(self.membership.roster.finished(*last))
+                self._turn(*(self.membership.roster.finished(*last) for last in self.farewell.hear(message)))
                 if message.fields["leaving"]:
                     self.pass_on()
                 elif self._parting is None:
@@ -354,18 +354,20 @@ class Company:
                 connection.abort(f"nothing came for {patience_s:g} s")
             else:
                 self._turn(roster.near(peer, connection.last_heard))
-        for change in roster.age(now, lag_s):
-            self._turn(change)
+        self._turn(*roster.age(now, lag_s))
 
-    def _turn(self, change: Change | None) -> None:
-        """Somebody's state changed."""
-        if change is None:
+    def _turn(self, *found: Change | None) -> None:
+        """Somebody's state may have changed."""
+        changes = [change for change in found if change is not None]
+        if not changes:
             return
-        self._journal.member(change.peer, change.state, change.why, change.incarnation)
-        if change.state is State.LEFT:
-            self.neighbours.forget(change.peer)
+        for change in changes:
+            if change.why not in EXPECTED or change.peer in self.neighbours.connections:
+                self._journal.member(change.peer, change.state, change.why, change.incarnation)
+            if change.state is State.LEFT:
+                self.neighbours.forget(change.peer)
         self.membership.changed()
-        if change.state is State.SILENT:
+        if any(change.state is State.SILENT for change in changes):
             self._spread_news()
         if self._seeking and self.neighbours.sponsor is None:
             self.neighbours.want(self.membership.neighbours)

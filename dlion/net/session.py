@@ -349,7 +349,8 @@ class Session:
     @property
     def idle(self) -> bool:
         """Everything sent has been acknowledged."""
-        return all(out.acked == out.end for out in self._out)
+        control, update, bulk = self._out
+        return control.acked == control.end and update.acked == update.end and bulk.acked == bulk.end
 
     @property
     def ack_at(self) -> float:
