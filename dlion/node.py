@@ -62,13 +62,13 @@ class Node:
         self.state: NodeState = "starting"
         workload = learner.trainer.workload
         limits = Limits.of(workload.layout.size)
-        chance = np.random.SeedSequence([seams.seed, *me.encode()]).spawn(2)
+        chance = np.random.SeedSequence([seams.seed, *me.encode()]).spawn(3)
         self.journal = Journal(me, topology, seams.log, lambda: self.now)
         self.meter = self.journal.meter
         session_limits = SessionLimits(
             message_bytes_max=limits.message_bytes_max, unacked_bytes_max=s.unacked_bytes_max, queue_s=s.queue_s
         )
-        rng = np.random.default_rng(chance[1])
+        self._phase, rng = float(chance[2].generate_state(1)[0]) / 2**32, np.random.default_rng(chance[1])
         self.company = Company(identity, topology, s, seams.dialer, session_limits, rng, self.journal)
         self.membership, self.neighbours = self.company.membership, self.company.neighbours
         self.keeper = Keeper(seams, s.checkpoint_every_s, self.membership, learner)
@@ -335,8 +335,8 @@ class Node:
     # -- once a period ------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        """Speak of ourselves, age the others, look at batch and weights, write the log."""
-        s, due = self.settings, self._loop.time()
+        """Speak of ourselves, age the others, look at batch and weights, write the log; not when all others do."""
+        s, due = self.settings, self._loop.time() - self._phase * self.settings.status_every_s
         look_at = self.keeper.zero_s + s.evaluate_every_s
         while True:
             due = max(due + s.status_every_s, self._loop.time())
