@@ -1,11 +1,16 @@
 """Virtual time: messages per second, what share of the work is not learning, and how both scale.
 
-    python scripts/bench_simulate.py [--json] [--seconds 60] [--scale]
+    python scripts/bench_simulate.py [--json] [--seconds 60]
+    python scripts/bench_simulate.py --day pride [--hours 24] --wan DIRECTORY   # 4 bridged micro-clouds of 8, traces
+    python scripts/bench_simulate.py --thousand pride [--seconds 600]           # 100 micro-clouds of 10, along a tree
+    python scripts/bench_simulate.py --flat docs/simulate.png                   # 10 to 1,000 peers, and a picture
 
 CPU seconds of this process throughout, so that a busy machine changes little. ``messages_per_wall_s``: whole messages
 delivered to nodes per CPU second of a toy run, building and summary included. ``outside_share``: the part of a digits
 run (dlion on hetero-system) that is neither gradient nor selection nor addition; evaluation is left out of the sum.
-``--scale``: the same toy job on more and more peers, and the rate of a day of 32 peers.
+A step lasts 5 s in the large runs, the toy job's batch does not grow, and weights are measured once a minute. Costs of
+growing runs are those of virtual time alone: a short run of the same peers is taken off a longer one, and printed
+apart.
 """
 
 from __future__ import annotations
@@ -14,11 +19,13 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +118,9 @@ class Deliveries:
 def run(deliveries: Deliveries, job: str, topology: Topology, seconds: float, **settings: Any) -> dict[str, Any]:
     flags = {key.replace("__", "."): value for key, value in settings.items()}
     plan = Plan(load_job(job, {"job.until": seconds, **flags}), topology)
-    before, begin = deliveries.count, time.process_time()
+    before, begin, wall = deliveries.count, time.process_time(), time.perf_counter()
     summary = verb.run_simulation(plan)
-    cpu = time.process_time() - begin
+    cpu, wall = time.process_time() - begin, time.perf_counter() - wall
     messages = deliveries.count - before
     return {
         "exchange": summary["exchange"],
@@ -122,26 +129,78 @@ def run(deliveries: Deliveries, job: str, topology: Topology, seconds: float, **
         "steps": sum(summary["steps"].values()),
         "messages": messages,
         "cpu_s": round(cpu, 3),
+        "wall_s": round(wall, 1),
         "messages_per_cpu_s": round(messages / cpu),
         "us_per_message": round(1e6 * cpu / messages, 1),
         "virtual_per_cpu_s": round(summary["virtual_seconds"] / cpu, 1),
+        "wan_bytes_per_peer": round(summary["wan_bytes"] / len(plan.peers)),
+        "log_sha256": summary["log_sha256"],
         "rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
 
 
 def grown(clouds: int, members: int, step_s: float, folder: Path) -> Topology:
-    """``clouds`` micro-clouds of ``members`` equal peers; bridges between all of them, along a tree above eight."""
+    """``clouds`` micro-clouds of ``members`` equal peers; bridges between all of them, above eight along a tree, each with
+    three below it."""
     names = [f"c{n:03d}" for n in range(clouds)]
     lines = [f'talk = "{"bridges" if clouds <= 8 else "tree"}"', "[clouds]"]
     lines += [f"{c}.members = {json.dumps([f'{c}p{n:02d}' for n in range(members)])}" for c in names]
     lines += ["[compute]"] + [f"{c}.samples_per_s = {64 / step_s}" for c in names]
     lines += ["[lan]", 'bandwidth = "1Gbit"', 'delay = "0.2ms"']
     for n, a in enumerate(names):
-        for b in names[n + 1 :] if clouds <= 8 else names[n + 1 : n + 2]:
+        for b in names[n + 1 :] if clouds <= 8 else names[3 * n + 1 : 3 * n + 4]:
             lines += ["[[wan]]", f'between = ["{a}", "{b}"]', 'bandwidth = "50Mbit"', 'delay = "30ms"']
     path = folder / f"{clouds}x{members}.toml"
     path.write_text("\n".join(lines))
     return replace(load_topology(str(path)), name=path.stem)
+
+
+TRACES = (
+    "ATT-LTE-driving.down.xz",
+    "TMobile-LTE-driving.down.xz",
+    "Verizon-LTE-short.down.xz",
+    "TMobile-UMTS-driving.down.xz",
+    "ATT-LTE-driving-2016.down.xz",
+    "TMobile-LTE-short.down.xz",
+)
+"""Mahimahi traces, one for each two of four micro-clouds."""
+LARGE = {"batching__growth": False, "evaluate__every": 60.0}
+
+
+def traced(wan: Path, folder: Path) -> Topology:
+    """Four micro-clouds of eight, each two joined over a recorded link."""
+    names = "abcd"
+    lines = ['talk = "bridges"', "[clouds]"]
+    lines += [f"{c}.members = {json.dumps([f'{c}{n}' for n in range(8)])}" for c in names]
+    lines += ["[compute]"] + [f"{c}.samples_per_s = {64 / 5.0}" for c in names]
+    lines += ["[lan]", 'bandwidth = "1Gbit"', 'delay = "0.2ms"']
+    for (a, b), trace in zip(combinations(names, 2), TRACES, strict=True):
+        rate = f'{{ trace = "{wan.resolve() / "mahimahi" / trace}", format = "mahimahi" }}'
+        lines += ["[[wan]]", f'between = ["{a}", "{b}"]', f"bandwidth = {rate}", 'delay = "30ms"']
+    path = folder / "day.toml"
+    path.write_text("\n".join(lines))
+    return load_topology(str(path))
+
+
+def flat(deliveries: Deliveries, picture: Path, folder: Path) -> list[dict[str, Any]]:
+    """Cost of a delivered message from 10 to 1,000 peers, start and end apart."""
+    import matplotlib.pyplot as plt
+
+    rows = []
+    for clouds in (1, 3, 10, 30, 100):
+        topology = grown(clouds, 10, 5.0, folder)
+        seconds = 30.0 if clouds < 100 else 20.0
+        short, long = (
+            run(deliveries, "toy", topology, s, exchange__name="pride", **LARGE) for s in (10.0, 10 + seconds)
+        )
+        cpu, messages = long["cpu_s"] - short["cpu_s"], long["messages"] - short["messages"]
+        rows.append({**long, "us_per_message": round(1e6 * cpu / messages, 1), "start_and_end_cpu_s": short["cpu_s"]})
+        print(json.dumps(rows[-1]), flush=True)
+    figure, axes = plt.subplots(figsize=(5.0, 3.0), layout="constrained")
+    axes.semilogx([row["peers"] for row in rows], [row["us_per_message"] for row in rows], "o-")
+    axes.set(xlabel="peers", ylabel="CPU per delivered message, µs", ylim=(0, None))
+    figure.savefig(picture, dpi=90)
+    return rows
 
 
 def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
@@ -160,15 +219,43 @@ def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one object instead of tables.")
 @click.option("--seconds", default=60.0, help="Virtual seconds of the toy runs.")
-@click.option("--scale", is_flag=True, help="Also grow the topology.")
-def main(as_json: bool, seconds: float, scale: bool) -> None:
+@click.option("--day", metavar="STRATEGY", help="32 peers over recorded links, for --hours; needs --wan.")
+@click.option("--hours", default=24.0, help="Virtual hours of --day.")
+@click.option("--wan", type=click.Path(exists=True, path_type=Path), help="Where the traces are.")
+@click.option("--thousand", metavar="STRATEGY", help="1,000 peers for --seconds.")
+@click.option("--flat", "picture", type=click.Path(path_type=Path), help="Draw the cost of a message there.")
+def main(
+    as_json: bool,
+    seconds: float,
+    day: str | None,
+    hours: float,
+    wan: Path | None,
+    thousand: str | None,
+    picture: Path | None,
+) -> None:
     deliveries = Deliveries()
+    with tempfile.TemporaryDirectory() as folder:
+        if day is not None:
+            if wan is None:
+                raise click.UsageError("--day needs --wan DIRECTORY with the traces in DIRECTORY/mahimahi")
+            topology, lasts_s, name = traced(wan, Path(folder)), 3600 * hours, day
+        elif thousand is not None:
+            topology, lasts_s, name = grown(100, 10, 5.0, Path(folder)), seconds, thousand
+        elif picture is not None:
+            flat(deliveries, picture, Path(folder))
+            return
+        else:
+            small(deliveries, as_json, seconds)
+            return
+        print(json.dumps(run(deliveries, "toy", topology, lasts_s, exchange__name=name, **LARGE), indent=2))
+
+
+def small(deliveries: Deliveries, as_json: bool, seconds: float) -> None:
+    """The toy runs and the shares of a digits run."""
     rows = [
         run(deliveries, "toy", load_topology(topology), seconds, exchange__name=exchange)
         for exchange, topology in (("full", "homogeneous"), ("dlion", "hetero-system"), ("dlion", "four-clouds"))
     ]
-    if scale:
-        rows += scaled(deliveries)
     categories = shares(deliveries, 20.0)
     ratios = {
         "messages_per_wall_s": max(row["messages_per_cpu_s"] for row in rows[:3]),
@@ -184,17 +271,6 @@ def main(as_json: bool, seconds: float, scale: bool) -> None:
     for name, share in categories.items():
         print(f"  {name:<30} {share:6.1%}")
     print("\n" + "\n".join(f"{name} = {value}" for name, value in ratios.items()))
-
-
-def scaled(deliveries: Deliveries) -> list[dict[str, Any]]:
-    import tempfile
-
-    settings = {"exchange__name": "dlion", "pace__name": "free", "evaluate__every": 60.0}
-    with tempfile.TemporaryDirectory() as folder:
-        return [
-            run(deliveries, "toy", grown(clouds, 10, 5.0, Path(folder)), seconds, **settings)
-            for clouds, seconds in ((1, 120.0), (3, 60.0), (10, 15.0))
-        ]
 
 
 if __name__ == "__main__":
