@@ -47,7 +47,7 @@ NODE = (
     "seams",
 )
 """The files between which the node is divided."""
-SHARED = ("base", "estates", "pace", "owed", "spread", "rounds")
+SHARED = ("base", "estates", "pace", "owed", "spread", "rounds", "parts")
 """Common ground of the strategies; every other file in exchange is a strategy."""
 
 NEVER: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

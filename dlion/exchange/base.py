@@ -105,6 +105,10 @@ class Member:
 class Routes(Protocol):
     """Who carries what to whom (``mesh.bridges``)."""
 
+    @property
+    def mesh(self) -> bool:
+        """True: everybody tells everybody, and nothing is passed on."""
+
     def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
         """Neighbours that must hear an update of ``origin_cloud`` which came from ``came_from`` (None: our own)."""
 
@@ -164,6 +168,8 @@ class Exchange:
     """Paces that make sense with this strategy; any other is refused."""
     consumes: ClassVar[str] = "delta"
     """``delta``: updates arrive as the optimizer's step; ``gradient``: as the plain gradient."""
+    sums: bool = False
+    """True: what is passed on may be summed with what comes later. Set to False where additions are put in order."""
     consensus: bool = False
     """True: after a drain all replicas agree to rounding. May depend on the settings."""
     speaks: ClassVar[Speech] = {}

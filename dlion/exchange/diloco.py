@@ -12,7 +12,6 @@ Differences from the paper. Peers exchange the parts themselves, to all along th
 from __future__ import annotations
 
 from dlion.blocks import Block, dense
-from dlion.exchange.base import Context
 from dlion.exchange.rounds import ENCODINGS, Outer, Rounds
 from dlion.tensors import Flat
 
@@ -36,5 +35,5 @@ class DiLoCo(Rounds):
             raise ValueError(f"{self.name}: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.encoding = ENCODINGS[bits]
 
-    def part(self, moved: Flat, start: int, ctx: Context) -> Block:
-        return dense(moved, self.encoding, start=start)
+    def encode(self, values: Flat, start: int) -> Block:
+        return dense(values, self.encoding, start=start)

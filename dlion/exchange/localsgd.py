@@ -29,8 +29,8 @@ class LocalSGD(Rounds):
             raise ValueError(f"{self.name}: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.encoding = ENCODINGS[bits]
 
-    def part(self, moved: Flat, start: int, ctx: Context) -> Block:
-        return dense(moved, self.encoding, start=start)
+    def encode(self, values: Flat, start: int) -> Block:
+        return dense(values, self.encoding, start=start)
 
     def weight(self, ctx: Context) -> float:
         return float(max(ctx.batch, 1))

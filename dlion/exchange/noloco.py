@@ -18,7 +18,7 @@ import numpy as np
 
 from dlion.blocks import Block, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update
-from dlion.exchange.rounds import Outbox
+from dlion.exchange.parts import Outbox
 from dlion.messages import Message, PeerId, Span
 
 

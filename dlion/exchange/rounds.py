@@ -1,153 +1,34 @@
 """Common ground of the strategies that work in rounds: DiLoCo, local SGD, SparseLoCo.
 
 Law: a round is one part from every living peer; its mean moves the common weights (the *anchor*), which every peer
-keeps, bit by bit the same. Who dies leaves the round; nobody waits for the dead. Parts travel along the routes.
+keeps, bit by bit the same. Who dies leaves the round; nobody waits for the dead (``parts`` sees to that). Under bridges
+the mean is formed in two levels, and what the rounding of a micro-cloud's sum leaves goes into its next one.
 
 A replica is anchor + what it moved since. When a round closes, the part it gave is taken back and the step of the
 anchor is added instead, so local steps done meanwhile (overlap) stay.
+
+Who was cut off and is heard again had rounds of its own meanwhile. Each side says its anchor, in a new *era* of rounds;
+the one that is further becomes everybody's, and what a peer moved since its last part it moves from there.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dlion.blocks import Block, Encoding, dense
-from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update
 from dlion.exchange.owed import exact
+from dlion.exchange.parts import Parts, spokesman
 from dlion.messages import Message, PeerId, Scalar, Span
 from dlion.tensors import Flat, add_scaled
 
 ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Encoding.I8, 4: Encoding.I4}
 """Bits per value -> encoding."""
-
-
-class Outbox:
-    """Messages in order per neighbour, each said when its link can take it. The rounds bound their number."""
-
-    def __init__(self) -> None:
-        self._waiting: dict[PeerId, deque[Message]] = {}
-
-    def say(self, to: Iterable[PeerId], message: Message, ctx: Context) -> Iterator[Send]:
-        now = []
-        for peer in to:
-            if (link := ctx.links.get(peer)) is None:
-                continue
-            if link.writable_bytes > 0 and not self._waiting.get(peer):
-                now.append(peer)
-            else:
-                self._waiting.setdefault(peer, deque()).append(message)
-        if now:
-            yield Send(tuple(now), message)
-
-    def flush(self, ctx: Context, peers: Iterable[PeerId] | None = None) -> Iterator[Send]:
-        """Say what waits for ``peers`` (None: all), as far as their links take it."""
-        for peer in list(self._waiting if peers is None else peers):
-            queue = self._waiting.get(peer)
-            while queue and (link := ctx.links.get(peer)) is not None and link.writable_bytes > 0:
-                yield Send((peer,), queue.popleft())
-
-    def forget(self, ctx: Context) -> None:
-        self._waiting = {peer: queue for peer, queue in self._waiting.items() if peer in ctx.links}
-
-    def __bool__(self) -> bool:
-        return any(self._waiting.values())
-
-    def state(self) -> dict[str, Any]:
-        return {"waiting": {peer: list(queue) for peer, queue in self._waiting.items()}}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._waiting = {PeerId(peer): deque(queue) for peer, queue in state["waiting"].items()}
-
-
-class Parts:
-    """Parts of the rounds that are open somewhere, passed on along the routes until everybody living has them all.
-
-    A round counts the same parts on every peer, whoever dies: what a survivor holds of a dead peer it says again to
-    all, then that it has done so (``gone``), and a round closes only when that is known of all survivors. A neighbour
-    that is new because a bridge moved hears everything again; what is known already is not passed on.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int, PeerId, str], Message] = {}
-        self._living: set[PeerId] = set()
-        self._beside: set[PeerId] = set()
-        self._dead: set[PeerId] = set()
-        self.outbox = Outbox()
-
-    def setup(self, ctx: Context) -> None:
-        self._living = set(ctx.members)
-        self._beside = set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
-
-    def say(self, message: Message, ctx: Context) -> Iterator[Send]:
-        """Tell everybody something of our own."""
-        self._known[_key(message)] = message
-        yield from self.outbox.say(ctx.routes.onward(None, ctx.cloud), message, ctx)
-
-    def hear(self, message: Message, number: int, ctx: Context) -> Iterator[Send]:
-        """Keep a part or a ``gone`` and pass it on; ``number`` is the round now open here."""
-        key = _key(message)
-        if key in self._known or (message.kind == "part" and message.epoch < number - 1):
-            return
-        self._known[key] = message
-        onward = ctx.routes.onward(message.hop, str(message.fields["cloud"]))
-        if message.origin not in ctx.members:
-            onward = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)
-        yield from self.outbox.say(onward, message, ctx)
-
-    def of(self, number: int) -> dict[PeerId, Message]:
-        """The parts of a round, in order of their origins."""
-        return {key[2]: m for key, m in sorted(self._known.items(), key=_by_key) if key[:2] == ("part", number)}
-
-    def complete(self, number: int, ctx: Context) -> bool:
-        """Is every living member's part here, and all that the survivors had of the dead?"""
-        here = all(("part", number, peer, "") in self._known for peer in ctx.members)
-        return here and all(("gone", 0, peer, dead) in self._known for dead in self._dead for peer in ctx.members)
-
-    def close(self, number: int, ctx: Context) -> Flat:
-        """The weighted mean of the round's parts, summed in the order of their origins."""
-        parts = self.of(number)
-        total = sum(float(m.fields["weight"]) for m in parts.values())
-        mean = np.zeros(ctx.layout.size, dtype=np.float32)
-        for message in parts.values():
-            message.blocks[0].add_to(mean, float(message.fields["weight"]) / (total or 1.0))
-        self._known = {key: m for key, m in self._known.items() if key[0] == "gone" or key[1] >= number}
-        return mean
-
-    def on_members(self, ctx: Context) -> Iterator[Send]:
-        """Reconcile with the other survivors what the dead have said, and bring new neighbours up to date."""
-        self.outbox.forget(ctx)
-        died = sorted(self._living - set(ctx.members))
-        self._dead = (self._dead | set(died)) - set(ctx.members)
-        self._known = {k: m for k, m in self._known.items() if k[0] == "part" or k[3] in self._dead}
-        before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
-        self._living = set(ctx.members)
-        for message in list(self._known.values()):
-            again = self._beside - before if message.origin not in died else self._beside
-            yield from self.outbox.say(sorted(again - {message.origin}), message, ctx)
-        for dead in died:
-            fields = {"cloud": ctx.cloud, "peer": dead}
-            yield from self.say(Message("gone", fields=fields, origin=ctx.me), ctx)
-
-    def state(self) -> dict[str, Any]:
-        peers = {"living": set(self._living), "beside": set(self._beside), "dead": set(self._dead)}
-        return {"known": list(self._known.values()), "outbox": self.outbox.state(), **peers}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._known = {_key(message): message for message in state["known"]}
-        self._living, self._beside, self._dead = (set(state[who]) for who in ("living", "beside", "dead"))
-        self.outbox.restore(state["outbox"])
-
-
-def _key(message: Message) -> tuple[str, int, PeerId, str]:
-    return message.kind, message.epoch, message.origin, str(message.fields.get("peer", ""))
-
-
-def _by_key(item: tuple[tuple[str, int, PeerId, str], Message]) -> tuple[str, int, PeerId, str]:
-    return item[0]
+ERA = 1 << 20
+"""Rounds are counted on from here when two sides meet again; no side has had so many."""
 
 
 class Outer:
@@ -188,7 +69,12 @@ class Rounds(Exchange):
     pace = "free"
     paces = ("free",)
     consensus = True
-    speaks: ClassVar[Speech] = {"part": {"cloud": str, "weight": float}, "gone": {"cloud": str, "peer": str}}
+    speaks: ClassVar[Speech] = {
+        "part": {"cloud": str, "weight": float},
+        "sum": {"cloud": str, "weight": float},
+        "gone": {"cloud": str, "peer": str},
+        "anchor": {"cloud": str},
+    }
     overlap: ClassVar[bool] = False
     keep_error = False
     """True: what a part leaves out stays moved and goes into later ones (error feedback); False: it is dropped."""
@@ -206,6 +92,13 @@ class Rounds(Exchange):
         self._unspoken: list[int] = []
         self._given: Flat | None = None
         """What our part of the open round takes out of the replica when it closes; None: not given yet."""
+        self._left: Flat | None = None
+        """What the rounding of our micro-cloud's sums left out, as long as we are the one to make them."""
+        self._met: set[PeerId] = set()
+        self._missed: set[PeerId] = set()
+        """Whom we knew and closed a round without."""
+        self._anchor_of = ""
+        """Who said the anchor of this era first."""
         self._parts = Parts()
         self._draining = False
 
@@ -213,7 +106,11 @@ class Rounds(Exchange):
 
     def part(self, moved: Flat, start: int, ctx: Context) -> Block:
         """What to say of ``moved``: local steps not yet given, in the round's fragment, which begins at ``start``."""
-        return dense(moved, start=start)
+        return self.encode(moved, start)
+
+    def encode(self, values: Flat, start: int) -> Block:
+        """The form in which a part, or the mean of a micro-cloud's parts, is said."""
+        return dense(values, start=start)
 
     def fragment(self, ctx: Context) -> slice:
         """The entries that the open round is about: here the whole model."""
@@ -246,6 +143,8 @@ class Rounds(Exchange):
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         yield from self._parts.hear(message, self.round, ctx)
+        if message.kind == "anchor":
+            yield from self._adopt(message, ctx)
         yield from self._close(ctx)
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
@@ -253,6 +152,11 @@ class Rounds(Exchange):
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         yield from self._parts.on_members(ctx)
+        self._met |= set(ctx.members)
+        if ctx.me != spokesman(ctx):
+            self._left = None
+        if self._missed & set(ctx.members):
+            yield from self._meet_again(ctx)
         yield from self._close(ctx)
 
     def ready(self, step: int, ctx: Context) -> bool:
@@ -265,18 +169,22 @@ class Rounds(Exchange):
         """Give what was moved, exactly; and give nothing where others still need a part to close their round."""
         self._draining = True
         yield from self._parts.outbox.flush(ctx)
-        if self._given is None and (self._steps or self._moved.any() or self._parts.of(self.round)):
+        while self._given is None and (self._holds() or self._parts.begun(self.round)):
             yield from self._give(ctx)
 
     def owes(self, ctx: Context) -> bool:
         waits = self._given is not None and len(ctx.members) > 1
-        return waits or bool(self._parts.outbox) or bool(self._steps) or bool(self._moved.any())
+        return waits or bool(self._parts.outbox) or self._holds()
+
+    def _holds(self) -> bool:
+        """Is there anything that no round has counted yet?"""
+        return self._steps > 0 or self._left is not None or bool(self._moved.any())
 
     # -- the round -----------------------------------------------------------------------------------------------
 
     def _due(self, ctx: Context) -> bool:
         if self.round_s:
-            return ctx.now >= (self.round + 1) * self.round_s
+            return ctx.now >= (self.round % ERA + 1) * self.round_s
         return self._steps >= self.local_steps
 
     def _give(self, ctx: Context) -> Iterator[Action]:
@@ -299,13 +207,38 @@ class Rounds(Exchange):
         yield from self._parts.say(message, ctx)
         yield from self._close(ctx)
 
-    def _close(self, ctx: Context) -> Iterator[Action]:
-        """When all parts are here: move the anchor, and the replica with it."""
-        if self._given is None or not self._parts.complete(self.round, ctx):
+    def _sum_up(self, ctx: Context) -> Iterator[Action]:
+        """Say the sum of our micro-cloud's parts, as their mean and its weight, once it is complete and ours to say."""
+        parts = self._parts.to_sum(self.round, ctx)
+        if not parts:
             return
         fragment = self.fragment(ctx)
-        mean = self._parts.close(self.round, ctx)[fragment]
-        step = self.outer.step(mean, fragment.start, ctx.layout.size)
+        mean, weight = _mean(parts, ctx.layout.size)
+        if self._left is not None:
+            mean += self._left
+        if len(parts) == 1 and self._left is None:
+            block = parts[0].blocks[0]
+        else:
+            form = exact if self._draining else self.encode
+            block = form(mean[fragment], start=fragment.start)
+            block.add_to(mean, -1.0)
+            self._left = mean if mean.any() else None
+        coverage = tuple(span for part in parts for span in part.coverage)
+        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
+        message = Message("sum", ctx.step, self.round, fields, (block,), coverage, origin=ctx.me)
+        yield from self._parts.say(message, ctx)
+
+    def _close(self, ctx: Context) -> Iterator[Action]:
+        """When all parts are here: move the anchor, and the replica with it."""
+        if self._given is None:
+            return
+        yield from self._sum_up(ctx)
+        if not self._parts.complete(self.round, ctx):
+            return
+        self._missed |= self._met - set(ctx.members)
+        fragment = self.fragment(ctx)
+        mean, _ = _mean(self._parts.close(self.round, ctx), ctx.layout.size)
+        step = self.outer.step(mean[fragment], fragment.start, ctx.layout.size)
         self._anchor[fragment] += step
         given, self._given = self._given, None
         merge = Rounds.merge if self._draining else type(self).merge
@@ -316,17 +249,66 @@ class Rounds(Exchange):
         if self._due(ctx) and self._steps:
             yield from self._give(ctx)
 
+    # -- meeting again -------------------------------------------------------------------------------------------
+
+    def _meet_again(self, ctx: Context) -> Iterator[Action]:
+        """Rounds were closed without somebody who is back: tell everybody where we are."""
+        self._missed -= set(ctx.members)
+        self._restart(self.round + ERA, ctx)
+        self._anchor_of = ctx.me
+        velocity = self.outer.velocity if self.outer.velocity is not None else np.zeros_like(self._anchor)
+        blocks = exact(self._anchor), exact(velocity)
+        message = Message("anchor", ctx.step, self.round, {"cloud": ctx.cloud}, blocks, origin=ctx.me)
+        yield from self._parts.say(message, ctx)
+
+    def _adopt(self, message: Message, ctx: Context) -> Iterator[Action]:
+        """Another side is further than ours, or as far and first by name: go on from its anchor. It said so before its
+        part of the round that is now open there, so nobody can have closed that round without having heard it."""
+        if message.epoch < self.round or (message.epoch == self.round and message.origin >= self._anchor_of):
+            return
+        if message.epoch > self.round:  # else what we gave to this round is known, and counts
+            self._restart(message.epoch, ctx)
+        self._anchor_of = message.origin
+        theirs, velocity = np.zeros_like(self._anchor), np.zeros_like(self._anchor)
+        message.blocks[0].add_to(theirs)
+        message.blocks[1].add_to(velocity)
+        change = theirs - self._anchor
+        self._anchor = theirs
+        self.outer.velocity = velocity if self.outer.momentum else None
+        yield Add(change, message=message)
+
+    def _restart(self, number: int, ctx: Context) -> None:
+        """Open round ``number``; what was given to the one before is ours again."""
+        if self._given is not None:
+            self._moved[self.fragment(ctx)] += self._given
+        self._given, self._left = None, None
+        self.round = number
+        self._parts.forget_before(number)
+
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": self.outer.velocity}
+        velocity = self.outer.velocity
+        arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": velocity}
         counts = {"round": self.round, "steps": self._steps, "samples": self._samples, "unspoken": self._unspoken}
-        return {k: v for k, v in arrays.items() if v is not None} | counts | {"parts": self._parts.state()}
+        others = {"met": set(self._met), "missed": set(self._missed), "anchor_of": self._anchor_of}
+        flat = {k: v.copy() for k, v in {**arrays, "left": self._left}.items() if v is not None}
+        return {**flat, **counts, **others, "parts": self._parts.state()}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         flat = {k: np.array(v, dtype=np.float32) for k, v in state.items() if isinstance(v, np.ndarray)}
         self._anchor, self._moved = flat["anchor"], flat["moved"]
-        self._given, self.outer.velocity = flat.get("given"), flat.get("velocity")
+        self._given, self.outer.velocity, self._left = (flat.get(name) for name in ("given", "velocity", "left"))
         self.round, self._steps, self._samples = (int(state[name]) for name in ("round", "steps", "samples"))
         self._unspoken = list(state["unspoken"])
+        self._met, self._missed, self._anchor_of = set(state["met"]), set(state["missed"]), str(state["anchor_of"])
         self._parts.restore(state["parts"])
+
+
+def _mean(messages: list[Message], size: int) -> tuple[Flat, float]:
+    """The weighted mean of what they say, over the whole model, summed in their order; and their weight together."""
+    total = sum(float(m.fields["weight"]) for m in messages)
+    mean = np.zeros(size, dtype=np.float32)
+    for message in messages:
+        message.blocks[0].add_to(mean, float(message.fields["weight"]) / (total or 1.0))
+    return mean, total

@@ -40,18 +40,21 @@ class SparseLoCo(Rounds):
     def part(self, moved: Flat, start: int, ctx: Context) -> Block:
         self._error *= np.float32(self.decay)
         self._error += moved
-        block = sparse(self._error, self._largest(), Encoding.I4, scanned=moved.size)
+        block = self.encode(self._error, start)
         block.add_to(self._error, -1.0)
         return block
 
-    def _largest(self) -> np.typing.NDArray[np.intp]:
+    def encode(self, values: Flat, start: int) -> Block:
+        return sparse(values, self._largest(values), Encoding.I4, start=start, scanned=values.size)
+
+    def _largest(self, values: Flat) -> np.typing.NDArray[np.intp]:
         """Ascending positions of the ``keep`` largest magnitudes of every chunk; the last chunk may be shorter."""
-        size = self._error.size
+        size = values.size
         whole = size // self.chunk * self.chunk
-        rows = np.abs(self._error[:whole]).reshape(-1, self.chunk)
+        rows = np.abs(values[:whole]).reshape(-1, self.chunk)
         top = np.argpartition(rows, self.chunk - self.keep, axis=1)[:, self.chunk - self.keep :]
         top += np.arange(0, whole, self.chunk)[:, None]
-        rest = np.abs(self._error[whole:])
+        rest = np.abs(values[whole:])
         count = min(rest.size, max(1, self.keep * rest.size // self.chunk)) if rest.size else 0
         tail = whole + np.argpartition(rest, rest.size - count)[rest.size - count :] if count else np.empty(0, np.intp)
         return np.sort(np.concatenate((top.ravel(), tail)))

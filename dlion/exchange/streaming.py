@@ -45,8 +45,8 @@ class Streaming(Rounds):
         turn, size = self.round % self.fragments, ctx.layout.size
         return slice(turn * size // self.fragments, (turn + 1) * size // self.fragments)
 
-    def part(self, moved: Flat, start: int, ctx: Context) -> Block:
-        return dense(moved, self.encoding, start=start)
+    def encode(self, values: Flat, start: int) -> Block:
+        return dense(values, self.encoding, start=start)
 
     def merge(self, step: Flat, given: Flat, moved: Flat) -> Flat:
         """From x = anchor + given + moved to α x + (1 - α) (anchor + step)."""

@@ -87,6 +87,10 @@ class PeerRoutes:
     plan: Plan
     me: PeerId
 
+    @property
+    def mesh(self) -> bool:
+        return self.plan.mesh
+
     def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
         return self.plan.onward(self.me, came_from, origin_cloud)
 
