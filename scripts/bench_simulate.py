@@ -140,8 +140,8 @@ def run(deliveries: Deliveries, job: str, topology: Topology, seconds: float, **
 
 
 def grown(clouds: int, members: int, step_s: float, folder: Path) -> Topology:
-    """``clouds`` micro-clouds of ``members`` equal peers; bridges between all of them, above eight along a tree, each with
-    three below it."""
+    """``clouds`` micro-clouds of ``members`` equal peers; bridges between all of them, above eight along a tree with
+    three branches at each."""
     names = [f"c{n:03d}" for n in range(clouds)]
     lines = [f'talk = "{"bridges" if clouds <= 8 else "tree"}"', "[clouds]"]
     lines += [f"{c}.members = {json.dumps([f'{c}p{n:02d}' for n in range(members)])}" for c in names]

@@ -6,13 +6,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlion.blocks import Encoding, compress
 from dlion.exchange.dlion import Budget, DLion
 from dlion.exchange.full import Full
-from dlion.exchange.owed import Owed, Piece
+from dlion.exchange.owed import SPANS_MAX, Owed, Piece
 from dlion.messages import PeerId, Span
 from dlion.tensors import Flat, Layout
 from dlion.testing import Bench, check
@@ -76,6 +76,8 @@ def counting(step_count: int, peers: list[str]) -> tuple[Layout, object]:
     st.sampled_from(["full", "residual"]),
     st.integers(0, 2**16),
 )
+@example([6, 2, 5], "tree", "residual", 1)
+@example([5, 1, 6], "bridges", "full", 2)
 def test_every_update_is_applied_exactly_once_everywhere(sizes: list[int], talk: str, how: str, seed: int) -> None:
     """Whatever the order, through bridges and on links so narrow that most of it has to wait."""
     clouds = {f"{chr(97 + c)}{i}": chr(65 + c) for c, size in enumerate(sizes) for i in range(size)}
@@ -193,3 +195,17 @@ def test_unusable_settings_are_refused_with_what_was_expected() -> None:
         with pytest.raises(ValueError, match="dlion: "):
             DLion(**wrong)  # type: ignore[arg-type]
     assert Budget(0.85).n_fixed is None
+
+
+def test_of_many_spans_all_are_named_in_turn() -> None:
+    """Three in four wait for the next messages; nothing is named twice, and values never wait for names."""
+    owed, size = Owed(2), 2
+    peers = [PeerId(f"p{n:03d}") for n in range(4 * SPANS_MAX)]
+    named: list[PeerId] = []
+    for turn in range(5):
+        coverage = [Span(peer, 0, 0) for peer in peers] if not turn else []
+        owed.add(Piece(np.ones(size, np.float32), PeerId("a"), size), coverage)
+        said = owed.said(owed.everything())
+        assert not owed and len(said) <= SPANS_MAX
+        named += [span.origin for span in said]
+    assert sorted(named) == peers

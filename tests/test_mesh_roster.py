@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion.mesh.roster import Record, Roster, State, news_texts, records_of
+from dlion.mesh.roster import FEW, Record, Roster, State, news_texts, records_of
 from dlion.messages import PeerId
 
 A, B, C, D = (PeerId(p) for p in "abcd")
@@ -155,3 +155,55 @@ def test_news_travel_as_text(records: list[Record]) -> None:
 def test_a_text_that_is_no_news_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         records_of(text)
+
+
+def test_of_many_each_speaks_rarely_but_at_once_when_its_power_changes() -> None:
+    many = [PeerId(f"p{n:02d}") for n in range(FEW + 12)]
+    ours = Roster(Record(many[0], 1), many, SILENT_AFTER_S)
+    assert ours.beat_s == 12.0 and roster().beat_s == 1.0
+    spoke = []
+    for t in range(30):
+        before = ours.me.beat
+        ours.beat(float(t), step=t, samples_per_s=10.0 if t < 20 else 10.2 if t < 25 else 12.0)
+        spoke += [t] * (ours.me.beat > before)
+    assert spoke == [0, 12, 24, 25]
+
+
+def test_of_many_the_near_are_missed_soon_and_the_far_later() -> None:
+    many = [PeerId(f"p{n:02d}") for n in range(FEW + 12)]
+    near, far = many[1:3]
+    ours = Roster(Record(many[0], 1), many, SILENT_AFTER_S)
+    ours.presume(0.0, ())
+    assert ours.near(near, 0.0) is None
+    assert [c.peer for c in ours.age(SILENT_AFTER_S + 0.1)] == [near]
+    back = ours.near(near, 9.0)
+    assert back is not None and back.state is State.LIVE, "bytes are news"
+    assert far not in {c.peer for c in ours.age(SILENT_AFTER_S + 2 * 11.0)}
+    assert far in {c.peer for c in ours.age(SILENT_AFTER_S + 2 * 11.0 + 0.1)}
+
+
+def test_a_rumour_is_doubted_by_who_hears_the_peer_and_refuted_by_the_peer_itself() -> None:
+    doubter, victim = roster(A), roster(B)
+    doubter.hear(beat(B, 7), B, 1.0)
+    doubter.near(B, 2.0)
+    rumour = beat(B, 7, silent=True)
+    assert doubter.hear(rumour, C, 3.0) is None and B in doubter.live and doubter.hears(B, 3.0)
+    victim.me = victim.records[B] = beat(B, 7)
+    victim.beat(0.0, samples_per_s=0.0)
+    spoken = victim.me.beat
+    victim.beat(0.5, samples_per_s=0.0)
+    assert victim.me.beat == spoken, "nothing is due"
+    assert victim.hear(beat(B, spoken, silent=True), A, 0.6) is None
+    victim.beat(0.7, samples_per_s=0.0)
+    assert victim.me.beat == spoken + 1
+    assert not doubter.hears(B, 2.0 + SILENT_AFTER_S + 0.1), "for a while only"
+
+
+def test_samples_of_all_are_counted_as_they_are_heard() -> None:
+    ours = roster()
+    ours.hear(beat(B, 1, samples=100), B, 0.0)
+    ours.hear(beat(C, 1, samples=10), B, 0.0)
+    ours.hear(beat(B, 2, samples=150), B, 0.0)
+    ours.speak(samples=5)
+    ours.alive(C, 2, 1.0)
+    assert ours.samples == sum(r.samples for r in ours.records.values()) == 165
