@@ -83,7 +83,7 @@ class Spec:
         return json.dumps(asdict(self), sort_keys=True)
 
     def flags(self, data: Path) -> dict[str, object]:
-        name, settings = STRATEGIES[self.strategy]
+        name, settings = STRATEGIES.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
         return {
             "exchange.name": name,
             **{f"exchange.settings.{key}": value for key, value in settings.items()},
@@ -155,7 +155,8 @@ def perform(spec: Spec, data: Path) -> Row:
 
 def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
     times, values = together([evaluations(played.run.peers[peer], "accuracy") for peer in played.views])
-    _, beside = evaluations(played.run.peers[plan.peers[0]], "accuracy", "replica")
+    seen_at, seen = evaluations(played.run.peers[plan.peers[0]], "accuracy", "replica")
+    beside = np.interp(times, seen_at, seen) if seen.size else ()
     sends = [log[Send] for log in played.run.peers.values()]
     sent_at = np.concatenate([s["t"][s["wan"]] for s in sends])
     order = np.argsort(sent_at)
