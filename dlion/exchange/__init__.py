@@ -50,7 +50,8 @@ def find(name: str) -> type[Exchange]:
         try:
             found = getattr(import_module(module), cls, None)
         except ModuleNotFoundError as error:
-            raise ValueError(f"exchange {name!r}: {error}") from error
+            hint = "install its project, or put the folder that holds it on PYTHONPATH"
+            raise ValueError(f"exchange {name!r}: {error}; {hint}") from error
     elif points := entry_points(group=GROUP, name=name):
         found = next(iter(points)).load()
     else:
