@@ -73,6 +73,7 @@ class Connection:
         self._ear: _Ear | None = None
         self._pump_handle: asyncio.Handle | None = None
         self._ack_timer: asyncio.TimerHandle | None = None
+        self._ack_timer_at = NEVER
         self._beat_timer: asyncio.TimerHandle | None = None
         self._full = False
         self._full_since = self._full_s = 0.0
@@ -202,9 +203,10 @@ class Connection:
 
     def _arm_ack(self, now: float) -> None:
         at, timer = self.session.ack_at, self._ack_timer
-        if at != NEVER and (timer is None or at < timer.when()):
+        if at != NEVER and (timer is None or at < self._ack_timer_at):
             if timer is not None:
                 timer.cancel()
+            self._ack_timer_at = at  # uvloop's handles cannot say
             self._ack_timer = self._loop.call_at(at, self._ack_due)
 
     def _ack_due(self) -> None:
