@@ -54,8 +54,15 @@ def test_formats_that_tell_themselves_and_one_that_does_not(tmp_path: Path) -> N
         shown(str(tmp_path / "pairs"))
     assert shown(str(tmp_path / "pairs"), "--format", "s-mbit")["mean"] == 1.5e6
     (tmp_path / "table").write_text("t,down\n0,4\n1,8\n")
-    with pytest.raises(Fault, match="several columns"):
+    with pytest.raises(Fault, match="several columns") as refused:
         shown(str(tmp_path / "table"))
+    assert "t, down with --column" in str(refused.value.advice)
+    (tmp_path / "speeds.json").write_text('{"v100": {"(A, 1)": 3.5}}')
+    with pytest.raises(Fault, match="JSON is no trace"):
+        shown(str(tmp_path / "speeds.json"))
+    (tmp_path / "delays").write_text("t,one_way\n0,20\n1,30\n")
+    found = shown(str(tmp_path / "delays"), "--time", "t", "--column", "one_way", "--unit", "ms")
+    assert (found["mean"], found["unit"], found["scale"]) == (pytest.approx(0.025), "ms", 1e-3)
     assert shown(str(tmp_path / "table"), "--time", "t", "--column", "down", "--unit", "kbit/s")["mean"] == 6e3
 
 

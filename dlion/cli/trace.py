@@ -60,7 +60,7 @@ def show(  # noqa: PLR0917 - one per option
     form = form or _told_by(file)
     if form == "csv":
         if column is None:
-            raise Fault(USAGE, "a csv file has several columns", file, advice="name one with --column (and --unit)")
+            raise Fault(USAGE, "a csv file has several columns", file, advice=_columns(file))
         shown = _column(file, time, time_unit, column, unit)
     else:
         shown = _shown(file, form)
@@ -112,7 +112,15 @@ def _told_by(file: str) -> str:
         return "count"
     if len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
         return "csv"
+    if first[0][:1] in ("{", "["):
+        raise Fault(USAGE, "JSON is no trace over time", file, advice="a file of lines: see docs/traces.md")
     raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
+
+
+def _columns(file: str) -> str:
+    _, names = next(traces.rows(file, ","), (0, [""]))
+    some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"name one of {some} with --column (and --unit); of a who-to-whom table make dlion topology from-matrix"
 
 
 def _print(file: str, form: str, shown: Shown, found: Facts) -> None:

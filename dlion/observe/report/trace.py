@@ -28,7 +28,7 @@ def draw(out: Path, rate: Rate, title: str, unit: str, scale: float = 1.0) -> Pa
         over_time.stairs(means, edges - rate.origin_s, fill=True, color=style.hue(0), alpha=0.25, linewidth=0)
         over_time.stairs(means, edges - rate.origin_s, color=style.hue(0), baseline=None, linewidth=1.0)
         over_time.set_title(f"{title}, {unit}")
-        over_time.set_xlabel("seconds")
+        over_time.set_xlabel(f"seconds, means over {edges[1] - edges[0]:.2g} s")
         shares = figure.add_axes((0.74, 0.15, 0.24, 0.72))
         shares.plot(np.linspace(0, 1, means.size), np.sort(means)[::-1], color=style.hue(0))
         shares.set_title("At least so much")
