@@ -91,7 +91,7 @@ class Estates(Spread):
                 yield Send(tuple(p for p in heirs if not self.spares(ctx.links[p])), message)
         for dead in sorted(set(self._wills) - set(ctx.members)):
             message = self._wills.pop(dead)
-            if message.fields["life"] == self._lives.get(dead, 0):
+            if int(message.fields["life"]) >= self._lives.get(dead, 0):  # else it is of a life that is settled
                 heard = np.zeros(self._size, dtype=np.float32)
                 for block in message.blocks:
                     block.add_to(heard)

@@ -1,0 +1,282 @@
+"""Newcomers: a peer comes late, or again, while the others go on. Every update reaches every replica once, whatever
+happens when; nobody waits for the one who comes; and who may not come, or is let down, leaves the run as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from node_runs import BATCH, Ran, Softmax, Talk, net, run
+
+from dlion.blocks import Block, dense
+from dlion.exchange.base import Action, Context, Update
+from dlion.exchange.diloco import DiLoCo
+from dlion.exchange.pride import Pride
+from dlion.mesh.bridges import shared_plan
+from dlion.mesh.topology import Topology
+from dlion.messages import Message, PeerId, Stream
+from dlion.newcomers import PIECE_ENTRIES, Entry, digest
+from dlion.node import Node
+from dlion.simulation import Birth, Death
+from dlion.tensors import Flat, disagreement
+
+
+@dataclass
+class Books:
+    """What every life of every peer did, and what was settled of the former ones: all that replicas may hold."""
+
+    lives: list[tuple[Node, list[Flat]]] = field(default_factory=list)
+    settled: list[Flat] = field(default_factory=list)
+
+    def keep(self, node: Node) -> None:
+        pride, did = node.exchange, []
+        assert isinstance(pride, Pride)
+        after_step, introduce = pride.after_step, pride.introduce
+        self.lives.append((node, did))
+
+        def stepped(update: Update, ctx: Context) -> Iterable[Action]:
+            yield from after_step(update, ctx)
+            did.append(update.values.copy())
+
+        def introduced(
+            peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+        ) -> Iterable[Action]:
+            if message is None and (estate := pride.estate(peer)) is not None:
+                self.settled.append(estate.copy())
+            yield from introduce(peer, sponsor, life, ctx, message)
+
+        pride.after_step, pride.introduce = stepped, introduced  # type: ignore[method-assign]
+
+    def missing(self, ran: Ran, talk: str) -> float:
+        """How far the replicas are from: start + all steps of those who live + what was heard of all other lives."""
+        views = ran.result.views
+        total = ran.start.astype(np.float64)
+        for node, did in self.lives:
+            if node.me in views and ran.nodes[node.me] is node:
+                total += sum(values.astype(np.float64) for values in did)
+        total += sum(estate.astype(np.float64) for estate in self.settled)
+        for dead in ran.nodes.keys() - views.keys():
+            mates = [p for p in views if talk == "mesh" or p[0] == dead[0]]
+            pride = ran.nodes[mates[0]].exchange
+            assert isinstance(pride, Pride)
+            if (heard := pride.estate(PeerId(dead))) is not None:
+                total += heard
+        gap = max(float(np.abs(view - total).max()) for view in views.values())
+        return gap / float(np.abs(total).max())
+
+
+def churn(peers: Iterable[str], rng: np.random.Generator) -> tuple[list[Birth], list[Death]]:
+    """Some of ``peers`` come late, die, come again, at random moments; never so late that the run is about to end."""
+    births, deaths = [], []
+    for peer in map(PeerId, peers):
+        at = 0.0
+        if rng.random() < 0.4:
+            births.append(Birth(peer, at := float(rng.uniform(3.0, 8.0))))
+        if rng.random() < 0.7 or not at:
+            deaths.append(Death(peer, at := max(at, 2.0) + float(rng.uniform(0.5, 6.0))))
+            if rng.random() < 0.8 and (at := at + float(rng.uniform(0.05, 4.0))) < 13.0:
+                births.append(Birth(peer, at))
+    return births, deaths
+
+
+def played(
+    topology: Topology, births: Iterable[Birth], deaths: Iterable[Death], *, until_s: float = 11.0, **options: Any
+) -> tuple[Ran, Books]:
+    books = Books()
+    settings = {"start_wait_s": 2.5, "drain_s": 60.0}
+    ran = run(
+        topology,
+        options.pop("exchange", Pride),
+        until_s=until_s,
+        births=births,
+        deaths=deaths,
+        each=books.keep,
+        settings=settings,
+        **options,
+    )
+    return ran, books
+
+
+def check(ran: Ran, books: Books, topology: Topology) -> None:
+    """All that live agree, and hold everything once."""
+    assert disagreement(ran.result.views) < 1e-4
+    assert books.missing(ran, topology.talk) < 1e-4
+    for peer in ran.result.views:
+        assert not any("cut short" in end["reason"] for end in ran.events(str(peer), "end"))
+
+
+def random_run(seed: int, talk: Talk) -> None:
+    rng = np.random.default_rng(seed)
+    peers = "a1 a2 b1 c1" if talk == "mesh" else "a1 a2 a3 | b1 b2 b3" if seed % 2 else "a1 a2 a3 | b1 b2 | c1 c2 c3"
+    speeds = {p: BATCH / 0.1 * float(rng.choice([0.3, 0.7, 1.0, 2.0])) for p in ["a1", "a2", "b1", "c1"]}
+    topology = net(
+        peers,
+        talk,
+        mbps=float(rng.choice([0.05, 0.2, 1.0, 10.0])),
+        delay_s=float(rng.choice([0.002, 0.02, 0.1])),
+        speeds=speeds if talk == "mesh" else None,
+    )
+    bridges = {p for pair in shared_plan(topology, sorted(topology.peers), ()).bridges.values() for p in pair}
+    free = [p for p in sorted(topology.peers) if p not in bridges and p != "a1"]
+    chosen = rng.choice(free, size=int(rng.integers(1, len(free) + 1)), replace=False)
+    births, deaths = churn(map(str, chosen), rng)
+    speculation = float(rng.choice([0.0, 1.0]))
+    ran, books = played(
+        topology, births, deaths, until_s=20.0, seed=seed, exchange=lambda: Pride(speculation=speculation)
+    )
+    check(ran, books, topology)
+    for peer in set(topology.peers) - set(chosen):
+        assert np.diff([e["t"] for e in ran.events(str(peer), "step")]).max() < 0.5, "nobody waits"
+
+
+# -- one at a time -------------------------------------------------------------------------------------------------
+
+
+def test_who_comes_late_holds_all_and_counts_from_then_on() -> None:
+    topology = net("a1 a2 b1")
+    ran, books = played(topology, [Birth(PeerId("b1"), 5.0)], [])
+    check(ran, books, topology)
+    first = ran.events("b1", "step")[0]
+    assert 5.0 - 2.5 < first["t"] < 5.5 and first["n"] >= 20, "it begins where the others are, in age and in steps"
+    lives = [e for e in ran.events("a1", "member") if e["peer"] == "b1"]
+    assert [e["why"] for e in lives][:3] == ["missing at the start", "comes into the run", "heard again"]
+    assert {e["origin"] for e in ran.events("a1", "apply")} == {"a2", "b1"}
+
+
+@pytest.mark.parametrize("gap_s", [0.02, 1.0])
+def test_who_died_comes_again_before_or_after_its_death_was_noticed(gap_s: float) -> None:
+    topology = net("a1 a2 b1", mbps=0.2)
+    b1 = PeerId("b1")
+    ran, books = played(topology, [Birth(b1, 4.0 + gap_s)], [Death(b1, 4.0)])
+    check(ran, books, topology)
+    assert set(ran.result.views) == set(topology.peers) and books.settled
+    assert np.abs(books.settled[0]).max() > 0, "its former life had been heard, and that is settled"
+
+
+def test_two_come_at_once_behind_two_sponsors() -> None:
+    """Neither sponsor knows of the other's guest when it copies itself."""
+    topology = net("a1 a2 b1 b2", delay_s=0.1)
+    topology = Topology("test", topology.peers, topology.links, topology.resources, "mesh")
+    ran, books = played(topology, [Birth(PeerId("a2"), 5.0), Birth(PeerId("b2"), 5.05)], [])
+    check(ran, books, topology)
+    assert set(ran.result.views) == set(topology.peers)
+
+
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+def test_behind_a_bridge_the_far_side_hears_it_too(talk: Talk) -> None:
+    topology = net("a1 a2 | b1 b2 b3", talk)
+    b3 = PeerId("b3")
+    ran, books = played(topology, [Birth(b3, 4.5)], [Death(b3, 2.5)])
+    check(ran, books, topology)
+    assert b3 in ran.result.views and len(ran.events("b3", "step")) > 50
+
+
+# -- who is not taken, and who is let down -------------------------------------------------------------------------
+
+
+def test_a_strategy_that_takes_nobody_says_so_and_goes_on() -> None:
+    b1 = PeerId("b1")
+    ran = run(net("a1 a2 b1"), DiLoCo, until_s=12.0, births=[Birth(b1, 5.0)], settings={"start_wait_s": 1.0})
+    assert "diloco takes nobody into a run under way" in ran.result.turned_away[b1]
+    assert set(ran.result.views) == {"a1", "a2"} and ran.result.steps[PeerId("a1")] > 50
+
+
+def test_nobody_is_taken_just_before_the_end() -> None:
+    b1 = PeerId("b1")
+    ran, _ = played(net("a1 a2 b1"), [Birth(b1, 9.0)], [])
+    assert "about to end" in ran.result.turned_away[b1]
+    assert disagreement(ran.result.views) < 1e-4
+
+
+def test_a_sponsor_that_dies_while_it_is_copied_is_replaced_by_another() -> None:
+    """Narrow links: the copy takes long. a1 is asked first, dies in the middle, and b1 comes in behind a2."""
+    topology = net("a1 a2 b1", mbps=0.2)
+    b1, wide = PeerId("b1"), lambda peer: Softmax(peer, 500)
+    ran, books = played(topology, [Birth(b1, 4.0)], [Death(PeerId("a1"), 4.6)], workload=wide)
+    check(ran, books, topology)
+    assert set(ran.result.views) == {"a2", "b1"}
+
+
+def test_a_newcomer_that_dies_on_the_threshold_leaves_nothing_behind() -> None:
+    topology = net("a1 a2 b1", mbps=0.2)
+    b1, wide = PeerId("b1"), lambda peer: Softmax(peer, 500)
+    ran, books = played(topology, [Birth(b1, 4.0)], [Death(b1, 4.5)], workload=wide)
+    check(ran, books, topology)
+    assert set(ran.result.views) == {"a1", "a2"}
+    for peer in ("a1", "a2"):
+        assert np.diff([e["t"] for e in ran.events(peer, "step")]).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("claim", "words"), [({"model": "other"}, "model mismatch"), ({"run": "other"}, "run mismatch")]
+)
+def test_who_is_of_another_run_or_model_is_refused_as_ever(claim: Mapping[str, Any], words: str) -> None:
+    b1 = PeerId("b1")
+
+    def each(node: Node) -> None:
+        if node.me == b1:
+            neighbours = node.neighbours
+            neighbours.identity = neighbours.identity.__class__(**{**vars(neighbours.identity), **claim})
+
+    topology = net("a1 a2 b1")
+    with pytest.raises(Exception, match=words):
+        run(topology, Pride, until_s=8.0, births=[Birth(b1, 4.0)], each=each, settings={"start_wait_s": 2.0})
+
+
+def piece(entry: Entry, block: Block, **changes: Any) -> Message:
+    fields = {"of": "", "at": 1, "count": 1, "hash": digest(block), "step": 3, "t": 1.0, "cut": 0, **changes}
+    return Message("~piece", fields=fields, blocks=(block,), stream=Stream.BULK, hop=entry.sponsor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"hash": "0" * 16}, "hash"),
+        ({"at": 2}, "not asked for"),
+        ({"count": 10**6}, "pieces"),
+        ({"count": 0}, "pieces"),
+    ],
+)
+def test_a_torn_or_forged_copy_is_refused(changes: Mapping[str, Any], fault: str) -> None:
+    values = np.ones(10, dtype=np.float32)
+    entry = Entry(PeerId("a1"), 1, 10, 3)
+    assert fault in entry.take(piece(entry, dense(values), **changes))
+    assert "entries" in entry.take(piece(entry, dense(values[:9])))
+    assert not entry.done and entry.take(piece(entry, dense(values))) == "" and entry.done
+
+
+def test_a_large_copy_comes_in_pieces() -> None:
+    size = PIECE_ENTRIES + 5
+    values = np.arange(size, dtype=np.float32)
+    entry = Entry(PeerId("a1"), 1, size, 3)
+    for at, start in enumerate((0, PIECE_ENTRIES), 1):
+        block = dense(values[start : start + PIECE_ENTRIES], start=start)
+        assert entry.take(piece(entry, block, at=at, count=2)) == ""
+    assert entry.done
+    np.testing.assert_array_equal(entry.arrays[""], values)
+
+
+# -- at random -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [49])
+def test_at_random_moments_everything_is_held_once(seed: int) -> None:
+    random_run(seed, "mesh")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decade", range(12))
+def test_at_many_random_moments_everything_is_held_once(decade: int) -> None:
+    for seed in range(10 * decade, 10 * decade + 10):
+        random_run(seed, "mesh")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+@pytest.mark.parametrize("decade", range(3))
+def test_behind_bridges_at_many_random_moments(decade: int, talk: Talk) -> None:
+    for seed in range(10 * decade, 10 * decade + 10):
+        random_run(seed, talk)
