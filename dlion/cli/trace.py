@@ -110,10 +110,10 @@ def _told_by(file: str) -> str:
         return "churn"
     if len(first) == 3 and first[0].count("-") == 2:
         return "count"
-    if len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
-        return "csv"
     if first[0][:1] in ("{", "["):
         raise Fault(USAGE, "JSON is no trace over time", file, advice="a file of lines: see docs/traces.md")
+    if len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
+        return "csv"
     raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
 
 
