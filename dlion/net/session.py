@@ -36,7 +36,7 @@ from dlion.net.rate import CLOCK_TICKS, Arrival, RateEstimator
 
 Buffer = bytes | bytearray | memoryview
 CONTROL = 0
-ACK_BYTES = 64 * 1024
+ACK_BYTES = 32 * 1024
 MICROSECONDS = 1_000_000
 NEVER = float("inf")
 
