@@ -18,7 +18,6 @@ from dlion.messages import PeerId, Span
 from dlion.selection import Spectrum
 from dlion.tensors import Flat, Layout, add_scaled
 
-
 SPANS_MAX = 32
 """Named in one message; of more, a quarter. The others' turn comes with the next ones."""
 
