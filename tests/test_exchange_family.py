@@ -99,6 +99,24 @@ def test_gaias_barrier_holds_the_receiver_until_the_update_is_there() -> None:
     assert bench.may_step("b")
 
 
+def test_gaias_barrier_is_lifted_when_every_index_it_stands_for_has_come() -> None:
+    """It names a step, not indexes: but the next message on the full link holds all that is significant by then."""
+    bench = Bench(partial(Gaia, threshold=0.5), 2, pace="free", layout=Layout(("w",), ((20,),)))
+    bench.windows["a", "b"] = 0
+    for step in range(3):
+        bench.step("a", lambda p, s, w, at=step: 4.0 * np.eye(20, dtype=np.float32)[at] * np.abs(w))
+    (owed,) = bench.seats[PeerId("a")].exchange.state()["owed"].values()
+    assert list(np.flatnonzero(owed["sum"])) == [0, 1, 2]
+    bench.open("a", "b")
+    for _ in range(3):
+        bench.deliver("a", "b")
+        assert not bench.may_step("b"), "barriers came, values did not"
+    before = bench.seats[PeerId("b")].weights.copy()
+    bench.deliver("a", "b")
+    assert list(np.flatnonzero(bench.seats[PeerId("b")].weights != before)) == [0, 1, 2]
+    assert bench.may_step("b")
+
+
 def test_a_stranger_is_found_by_dotted_name_and_nonsense_is_refused() -> None:
     assert find("dlion.exchange.full:Full") is Full
     for wrong in ("nobody", "dlion.exchange.full:Nothing", "no.such.module:X", "dlion.tensors:Layout"):

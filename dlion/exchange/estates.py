@@ -78,7 +78,7 @@ class Estates(Spread):
         """The first of those who heard a dead peer says what it heard. Over bridges only its micro-cloud had heard it
         speak for itself; a limited link is spared."""
         told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
-        everybody = len(told) == len(ctx.members) - 1
+        everybody = ctx.routes.mesh and len(told) == len(ctx.members) - 1
         for dead in sorted(set(self._met) - set(ctx.members) - self._settled):
             if not everybody and self._met[dead] != ctx.cloud:
                 continue
