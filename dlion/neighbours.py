@@ -222,7 +222,8 @@ class Neighbours:
         if self.open_to_new:
             knows = [c for c in hello.capabilities if c.startswith(TRAINING)]
             late = self.sponsor is None and knows and knows != [f"{TRAINING}{self.identity.incarnation}"]
-            return f"{peer} {UNDER_WAY}" if late else ""
+            asked = f"{me} is not in the run itself, and cannot show {peer} in" if JOINING in hello.capabilities else ""
+            return f"{peer} {UNDER_WAY}" if late else asked
         if (neighbour is not None and incarnation == neighbour.incarnation) or (
             self.admitted.get(peer, self.life_of(peer)) == incarnation and JOINING not in hello.capabilities
         ):

@@ -15,7 +15,7 @@ from dlion.cli.replay import command, load_recorded
 from dlion.cli.simulate import run_simulation
 from dlion.config import ConfigError, load_job, load_topology
 from dlion.mesh.changes import ChangeError, changed
-from dlion.mesh.presence import departures
+from dlion.mesh.presence import turns
 from dlion.messages import PeerId
 from dlion.observe.sidebyside import pair, worst
 from dlion.simulation import Death
@@ -100,8 +100,8 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
 def test_a_peer_that_was_killed_is_killed_again(tmp_path: Path) -> None:
     job = load_job("toy", {"job.until": 20}, environ={})
     run_simulation(Plan(job, load_topology("hetero-system")), tmp_path, (Death(PeerId("b1"), 6.0),))
-    gone = departures(load_recorded(tmp_path).plan.topology, 20)
-    assert list(gone) == ["b1"] and 4.0 < gone[PeerId("b1")] <= 6.0
+    (gone,) = turns(load_recorded(tmp_path).plan.topology, 20)
+    assert (gone.peer, gone.comes) == ("b1", False) and 4.0 < gone.at_s <= 6.0
 
 
 def test_changes_between_nothing_and_something() -> None:

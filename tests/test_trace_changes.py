@@ -8,7 +8,7 @@ import pytest
 
 from dlion.config import load_topology
 from dlion.mesh.changes import ChangeError, changed, is_change, started
-from dlion.mesh.presence import PresenceError, departures
+from dlion.mesh.presence import PresenceError, turns
 from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
@@ -102,13 +102,19 @@ def test_starting_later_reads_every_rate_later() -> None:
     assert later.digest != "d" and started(pair(), 0.0) == pair()
 
 
-def test_presence_becomes_departures_or_is_refused() -> None:
-    leaves = Rate.steps([0, 30], [1, 0], loop=False)
-    assert departures(pair(leaves), 60) == {B: 30}
-    assert departures(pair(leaves), 30) == {}
-    assert departures(pair(), 60) == {}
-    with pytest.raises(PresenceError, match="comes back at 40 s"):
-        departures(pair(Rate.steps([0, 30, 40], [1, 0, 1], loop=False)), 60)
-    assert departures(pair(Rate.steps([0, 30, 70], [1, 0, 1], loop=False)), 60) == {B: 30}
-    with pytest.raises(PresenceError, match="late join"):
-        departures(pair(Rate.steps([0, 5], [0, 1], loop=False)), 60)
+def test_presence_becomes_comings_and_goings() -> None:
+    def found(*values: float, until_s: float = 60.0) -> list[tuple[str, float, bool]]:
+        times = [0.0, 30.0, 40.0][: len(values)]
+        return [(t.peer, t.at_s, t.comes) for t in turns(pair(Rate.steps(times, list(values), loop=False)), until_s)]
+
+    assert found(1, 0) == [(B, 30, False)] and found(1, 0, until_s=30.0) == [] and turns(pair(), 60) == []
+    assert found(1, 0, 1) == [(B, 30, False), (B, 40, True)]
+    assert found(0, 1) == [(B, 30, True)]
+
+
+def test_a_run_that_nobody_begins_or_ends_is_refused() -> None:
+    here, gone = Rate.steps([0, 30], [1, 0], loop=False), Rate.steps([0, 30], [0, 1], loop=False)
+    for presence, words in ((here, "nobody is left"), (gone, "nobody|no peer is there")):
+        peers = {name: replace(peer, presence=presence) for name, peer in pair().peers.items()}
+        with pytest.raises(PresenceError, match=words):
+            turns(replace(pair(), peers=peers), 60)

@@ -5,10 +5,9 @@ Law: builds the nodes, runs them, sums up. Wall time is measured here and nowher
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import click
 import msgspec
 import numpy as np
 
-from dlion.cli.build import Plan, node_of, workload_of
+from dlion.cli.build import Plan, exchange_of, node_of, node_settings, pace_of, workload_of
 from dlion.cli.keep import parts_of
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
@@ -24,14 +23,13 @@ from dlion.cli.show import show_summary
 from dlion.compute import Compute
 from dlion.cut import Part
 from dlion.learn.workload import Workload
-from dlion.mesh.presence import departures
+from dlion.mesh.presence import PresenceError, turns
 from dlion.messages import PeerId
-from dlion.net.link import Dialer
 from dlion.node import Node, NodeSettings, Seams
 from dlion.observe import read
 from dlion.observe.runlog import Digest, Eval, Event, Memory, RunLog, run_digest
 from dlion.observe.summary import Summary, summarise
-from dlion.simulation import Death, simulate
+from dlion.simulation import Birth, Death, MemoryDialer, simulate
 from dlion.tensors import Flat, disagreement
 
 
@@ -71,6 +69,31 @@ class Played:
     """What each peer that lived to the end would save and serve."""
 
 
+ABSENT_WAIT_S = 2.0
+"""Where peers come late, the others wait no longer for them to begin."""
+
+
+def _incarnation(life: int) -> int:
+    """Far enough from the last one: a newcomer begins a new life with every sponsor that it asks."""
+    return 1 + 1000 * (life - 1)
+
+
+def _presence(plan: Plan) -> tuple[tuple[Death, ...], tuple[Birth, ...]]:
+    """Who goes and who comes when, by the topology; PresenceError where the strategy takes nobody who comes."""
+    found = turns(plan.topology, plan.job.job.until_s)
+    coming = [turn for turn in found if turn.comes]
+    strategy, pace = exchange_of(plan.job), pace_of(plan.job, exchange_of(plan.job))
+    if coming and (pace.staged or not strategy.newcomers):
+        raise PresenceError(
+            f"{coming[0].peer} comes at {coming[0].at_s:g} s, but {strategy.name} at pace {pace.name} takes nobody "
+            "into a run under way; use --exchange pride, end the run before that (--until), or leave this peer out"
+        )
+    return (
+        tuple(Death(turn.peer, turn.at_s) for turn in found if not turn.comes),
+        tuple(Birth(turn.peer, turn.at_s) for turn in coming),
+    )
+
+
 def play(
     plan: Plan,
     deaths: tuple[Death, ...] = (),
@@ -78,7 +101,7 @@ def play(
     parts: Mapping[str, Part] | None = None,
     replica_of: PeerId | None = None,
 ) -> Played:
-    """Simulate ``plan``; peers whose presence ends are among the dead. ``settings``: in place of the job's. ``parts``:
+    """Simulate ``plan``; peers come and go as their presence says. ``settings``: in place of the job's. ``parts``:
     of the checkpoint to go on from. ``replica_of``: this peer's training replica is measured beside its view.
 
     The summary's hash covers every line of every peer's log.
@@ -87,17 +110,20 @@ def play(
     start_s = min((part.t for part in parts.values()), default=0.0)
     started = time.perf_counter()
     job = plan.job
+    leave, come = _presence(plan)
+    if come:
+        settings = settings or node_settings(job)
+        settings = replace(settings, start_wait_s=min(settings.start_wait_s, ABSENT_WAIT_S))
     memories = {peer: Memory() for peer in plan.peers}
     digests = {peer: Digest(memories[peer]) for peer in plan.peers}
 
-    def make(peer: PeerId, dialer: Dialer, compute: Compute) -> Node:
+    def make(peer: PeerId, dialer: MemoryDialer, compute: Compute) -> Node:
         workload = workload_of(plan, peer)
         observer = Evaluator(workload, job.evaluate.samples or None, replicas=peer == replica_of)
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
-        return node_of(plan, peer, seams, workload=workload, settings=settings)
+        return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=settings)
 
-    leaving = departures(plan.topology, job.job.until_s)
-    result = simulate(plan.topology, make, (*deaths, *itertools.starmap(Death, leaving.items())), start_s=start_s)
+    result = simulate(plan.topology, make, (*deaths, *leave), births=come, start_s=start_s)
     logs = {peer: memory.data for peer, memory in memories.items()}
     run = read.from_memory(plan.run, logs)
     summary = summarise(

@@ -1,12 +1,11 @@
-"""When peers leave, from their presence over time.
+"""When peers leave and come, from their presence over time.
 
-Law: pure. A peer can leave for good; to come late or to come back is more than this version can play, and is refused
-instead of being played wrongly.
+Law: pure. A peer that goes vanishes without a word; one that comes, late or again, comes into the run under way.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
@@ -19,29 +18,33 @@ class PresenceError(ValueError):
     exit_code: ClassVar[int] = 78
 
 
-def departures(topology: Topology, until_s: float) -> dict[PeerId, float]:
-    """Seconds at which peers go, of those that go before ``until_s``. Raises PresenceError."""
-    gone = {name: left for name, peer in topology.peers.items() if (left := _left(name, peer.presence, until_s))}
-    if gone.keys() == topology.peers.keys():
+class Turn(NamedTuple):
+    """``peer`` comes or goes at ``at_s`` seconds; who was there at the start does not come then."""
+
+    peer: PeerId
+    at_s: float
+    comes: bool
+
+
+def turns(topology: Topology, until_s: float) -> list[Turn]:
+    """All comings and goings before ``until_s``, in order. Raises PresenceError when nobody would be left, or begin."""
+    found = [turn for name, peer in sorted(topology.peers.items()) for turn in _turns(name, peer.presence, until_s)]
+    last = {turn.peer: turn.comes for turn in sorted(found, key=lambda turn: turn.at_s)}
+    if last.keys() == topology.peers.keys() and not any(last.values()):
         raise PresenceError(f"{topology.name}: all peers leave before {until_s:g} s; nobody is left to finish the run")
-    return gone
+    if all(peer.presence is not None and peer.presence.at(0.0) == 0 for peer in topology.peers.values()):
+        raise PresenceError(f"{topology.name}: no peer is there at the start; begin later in the trace (--start)")
+    return sorted(found, key=lambda turn: (turn.at_s, turn.peer))
 
 
-def _left(name: PeerId, presence: Rate | None, until_s: float) -> float | None:
+def _turns(name: PeerId, presence: Rate | None, until_s: float) -> list[Turn]:
+    found: list[Turn] = []
     if presence is None:
-        return None
-    if presence.at(0.0) == 0:
-        raise PresenceError(
-            f"{name} is absent at the start and comes later: a late join is not simulated in this version; "
-            "begin later in the trace (--start), or leave this peer out"
-        )
-    left = presence.next_change(0.0)
-    if left >= until_s:
-        return None
-    back = presence.next_change(left)
-    if back < until_s:
-        raise PresenceError(
-            f"{name} leaves at {left:g} s and comes back at {back:g} s: coming back is not simulated in this version; "
-            f"end the run before that (--until), or leave this peer out"
-        )
-    return left
+        return found
+    here, at = presence.at(0.0) > 0, presence.next_change(0.0)
+    while at < until_s:
+        if (presence.at(at) > 0) is not here:
+            here = not here
+            found.append(Turn(name, at, here))
+        at = presence.next_change(at)
+    return found

@@ -1,0 +1,66 @@
+"""Real processes: one peer is killed and started again by itself while the others go on, and all agree in the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_checkpoint_live import dlion, wait_for
+
+from dlion.observe.read import read_directory
+from dlion.observe.runlog import Step
+
+NAMES = ("x1", "y1", "z1")
+THREE = (
+    '[clouds]\nx.members = ["x1"]\ny.members = ["y1"]\nz.members = ["z1"]\n'
+    '[[wan]]\nbetween = ["x", "y"]\nbandwidth = "50Mbit"\n[[wan]]\nbetween = ["x", "z"]\nbandwidth = "50Mbit"\n'
+    '[[wan]]\nbetween = ["y", "z"]\nbandwidth = "50Mbit"\n'
+)
+PRIDE = ("--exchange", "pride", "--set", "checkpoint.every=1")
+
+
+def steps(out: Path, log: str) -> int:
+    path = out / f"{log}.jsonl"
+    return path.read_text().count('"e":"step"') if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_peer_that_was_killed_comes_back_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "three.toml").write_text(THREE)
+    door = 20000 + os.getpid() % 20000
+    ports = {name: door + i for i, name in enumerate(NAMES)}
+    for name in NAMES:
+        others = "".join(f'{o} = "127.0.0.1:{port}"\n' for o, port in ports.items() if o != name)
+        (tmp_path / f"{name}.toml").write_text(
+            f'name = "{name}"\ntopology = "three.toml"\njob = "toy"\nlisten = "127.0.0.1:{ports[name]}"\n'
+            f'out = "{tmp_path / name}"\n[peers]\n{others}'
+        )
+
+    def start(name: str, stack: ExitStack) -> object:
+        return stack.enter_context(dlion("peer", str(tmp_path / f"{name}.toml"), *PRIDE, "--until", "30s"))
+
+    with ExitStack() as stack:
+        lives = {name: start(name, stack) for name in NAMES}
+        wait_for(lambda: all(steps(tmp_path / name, name) > 20 for name in NAMES))
+        wait_for(lambda: any((tmp_path / "z1" / "checkpoints" / "z1").glob("*/manifest.json")))
+        lives["z1"].send_signal(signal.SIGKILL)  # type: ignore[attr-defined]
+        lives["z1"].communicate()  # type: ignore[attr-defined]
+        lives["z1"] = start("z1", stack)
+        told = {name: life.communicate(timeout=90)[1] for name, life in lives.items()}  # type: ignore[attr-defined]
+        for name, life in lives.items():
+            assert life.returncode == 0, told[name]  # type: ignore[attr-defined]
+    assert "the run was under way; came in at step" in told["z1"]
+    assert steps(tmp_path / "z1", "z1.2") > 20
+    models = {name: load_file(tmp_path / name / f"{name}.safetensors") for name in NAMES}
+    for key, tensor in models["x1"].items():
+        for other in ("y1", "z1"):
+            np.testing.assert_allclose(models[other][key], tensor, atol=1e-4 * np.abs(tensor).max() + 1e-6)
+    for name in ("x1", "y1"):
+        gaps = np.diff(read_directory(tmp_path / name).peers[name][Step]["t"])
+        assert gaps.max() < 2.0, "nobody waited for it"
