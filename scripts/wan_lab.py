@@ -1,6 +1,6 @@
 """Peers as separate hosts on this machine: own addresses, kernel TCP, and a WAN between them outside the program.
 
-    sudo python scripts/wan_lab.py [--topology hetero-system] [--until 30s] [--kill b1@20] [--out DIR] [--json]
+    sudo python scripts/wan_lab.py [--topology hetero-system] [--until 30s] [--kill b1@20] [--begin b1@40] [--json]
 
 Linux, root. Each ``dlion peer`` runs in a network namespace of its own with one address; between them lies
 ``wan_router`` with the topology's rates, delays, outages and shared resources. The peers' own shaping is off; their
@@ -105,6 +105,8 @@ class Lab:
     flags: list[str]
     """Options of ``dlion peer``."""
     deaths: tuple[Death, ...] = ()
+    begins: tuple[Death, ...] = ()
+    """When a killed peer is started again; one that was not killed before comes only then."""
     queue_s: float = 0.2
     congestion: str = ""
     hosts: dict[PeerId, Host] = field(default_factory=dict)
@@ -137,16 +139,23 @@ class Lab:
                 subprocess.run(["ip", "netns", "del", host.namespace], check=False, capture_output=True)
 
     def start(self) -> None:
-        """All peers, in any order."""
+        """All peers but those that come late, in any order."""
         (self.out / SNAPSHOTS).mkdir(parents=True)
+        killed = {death.peer for death in self.deaths}
+        late = {begin.peer for begin in self.begins} - killed
         for host in self.hosts.values():
             host.directory.mkdir(parents=True)
             (host.directory / SNAPSHOTS).symlink_to(Path("../..") / SNAPSHOTS)  # one evaluator serves all
-            file = host.directory / "peer.toml"
-            file.write_text(self.peer_file(host))
-            words = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "dlion", "peer", str(file)]
-            with (host.directory / "output.txt").open("wb") as output:
-                host.process = spawn([*words, "--out", str(host.directory), *self.flags], output)
+            (host.directory / "peer.toml").write_text(self.peer_file(host))
+            if host.peer not in late:
+                self.begin(host)
+
+    def begin(self, host: Host) -> None:
+        words = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "dlion", "peer"]
+        words += [str(host.directory / "peer.toml"), "--out", str(host.directory), *self.flags]
+        with (host.directory / "output.txt").open("ab") as output:
+            host.process = spawn(words, output)
+        host.killed = False
 
     def peer_file(self, host: Host) -> str:
         """TOML: links as they are, steps slowed down."""
@@ -173,12 +182,15 @@ class Lab:
         self.start()
         job = self.plan.job
         limit = time.monotonic() + START_S + job.job.until_s + job.node.drain_s + GRACE_S
-        deaths = list(self.deaths)
+        deaths, begins = list(self.deaths), list(self.begins)
 
         def done() -> bool:
             for death in [d for d in deaths if router.now_s >= d.at_s]:
                 deaths.remove(death)
                 self.kill(death.peer)
+            for begin in [b for b in begins if router.now_s >= b.at_s]:
+                begins.remove(begin)
+                self.begin(self.hosts[begin.peer])
             if time.monotonic() > limit:
                 raise Fault(CONFIGURATION, "the peers do not end", str(self.out), "see hosts/*/output.txt")
             return all(host.process is None or host.process.poll() is not None for host in self.hosts.values())
@@ -349,6 +361,13 @@ def peer_flags(options: Mapping[str, Any]) -> list[str]:
 @click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A key of the job.")
 @click.option("--kill", "kills", multiple=True, metavar="PEER@SECONDS", help="SIGKILL to that peer, then.")
+@click.option(
+    "--start",
+    "starts",
+    multiple=True,
+    metavar="PEER@SECONDS",
+    help="Start that peer only, or after --kill again, then.",
+)
 @click.option("--queue", default="200ms", show_default=True, help="Of each resource, at its mean rate.")
 @click.option("--congestion", default="", help="TCP's congestion control; default: the system's.", metavar="NAME")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="A new directory.")
@@ -365,10 +384,9 @@ def main(as_json: bool, **options: Any) -> None:
     topology_file = find("topology", options["topology"]).path
     out = options["out"] or default_out(plan)
     out.mkdir(parents=True)
-    deaths = tuple(map(parse_death, options["kills"]))
-    lab = Lab(
-        plan, out, job, topology_file, peer_flags(options), deaths, seconds(options["queue"]), options["congestion"]
-    )
+    deaths, begins = tuple(map(parse_death, options["kills"])), tuple(map(parse_death, options["begins"]))
+    queue_s = seconds(options["queue"])
+    lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, begins, queue_s, options["congestion"])
     click.echo(f"dlion {dlion.__version__}  {plan.run}  {len(plan.peers)} hosts; logs: {out}", err=True)
     summary, report = run_lab(lab)
     show_summary(summary, as_json, out)
