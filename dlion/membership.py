@@ -39,6 +39,13 @@ class Membership:
         counted = [p for p, state in states.items() if state in COUNTED]
         return shared_plan(self.topology, counted, [p for p, state in states.items() if state is State.SILENT])
 
+    def would_bridge(self, peer: PeerId) -> bool:
+        """Would a bridge move if ``peer``, which does not count now, did?"""
+        states = self.roster.states
+        counted = [p for p, state in states.items() if state in COUNTED or p == peer]
+        silent = [p for p, state in states.items() if state is State.SILENT and p != peer]
+        return shared_plan(self.topology, counted, silent).bridges != self.plan.bridges
+
     @property
     def neighbours(self) -> tuple[PeerId, ...]:
         return self.plan.neighbours(self.me)

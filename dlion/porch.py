@@ -235,6 +235,10 @@ class Porch:
         me = self._roster.me.peer
         if not self._membership.near(peer):
             return f"{me} is in another micro-cloud than {peer}: only one of its own can show it in"
+        if self._membership.would_bridge(peer):
+            return (
+                f"{me} cannot show {peer} in: a bridge would move to it, and what is under way in the old one be lost"
+            )
         is_open = asyncio.get_running_loop().time() < self.open_until
         why = self.refusal() if is_open else "it is not training, or about to end"
         return f"{me} cannot show {peer} in: {why}" if why else ""

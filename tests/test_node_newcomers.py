@@ -190,6 +190,14 @@ def test_a_strategy_that_takes_nobody_says_so_and_goes_on() -> None:
     assert set(ran.result.views) == {"a1", "a2"} and ran.result.steps[PeerId("a1")] > 50
 
 
+def test_who_would_become_a_bridge_is_not_taken() -> None:
+    a1 = PeerId("a1")
+    topology = net("a1 a2 a3 | b1 b2", "bridges")
+    ran = run(topology, Pride, until_s=14.0, births=[Birth(a1, 5.0)], settings={"start_wait_s": 1.0})
+    assert "a bridge would move to it" in ran.result.turned_away[a1]
+    assert {ran.result.steps[PeerId(p)] for p in ("a2", "a3", "b1", "b2")} == {140}
+
+
 def test_nobody_is_taken_just_before_the_end() -> None:
     b1 = PeerId("b1")
     ran, _ = played(net("a1 a2 b1"), [Birth(b1, 9.0)], [])
