@@ -166,7 +166,6 @@ class Porch:
         """A link was made. True: it is not one between two that are in the run."""
         if peer in self._neighbours.guests:
             self._roster.guests.add(peer)
-            self._copied.discard(peer)
             self._introduce(peer, incarnation)
             return True
         if self._neighbours.sponsor is not None:
@@ -246,6 +245,7 @@ class Porch:
     def _introduce(self, peer: PeerId, incarnation: int) -> None:
         """``peer`` begins a new life."""
         if incarnation > self._roster.records[peer].incarnation:
+            self._copied.discard(peer)
             self._neighbours.introduce(peer, incarnation)
             self._farewell.forget(peer)
             self._unheld.pop(peer, None)
