@@ -92,6 +92,17 @@ class Host:
     device: int = -1
     process: subprocess.Popen[bytes] | None = None
     killed: bool = False
+    cpu_s: float = 0.0
+    """Processor time of its process, as last seen; of the last life."""
+
+    def look(self) -> bool:
+        """Is its process at an end (or not begun)?"""
+        if self.process is None or self.process.poll() is not None:
+            return True
+        with suppress(OSError):
+            words = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            self.cpu_s = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        return False
 
 
 @dataclass
@@ -193,7 +204,7 @@ class Lab:
                 self.begin(self.hosts[begin.peer])
             if time.monotonic() > limit:
                 raise Fault(CONFIGURATION, "the peers do not end", str(self.out), "see hosts/*/output.txt")
-            return all(host.process is None or host.process.poll() is not None for host in self.hosts.values())
+            return all([host.look() for host in self.hosts.values()])
 
         with ahead():
             router.serve(done)
@@ -330,6 +341,7 @@ def run_lab(lab: Lab) -> tuple[Summary, dict[str, Any]]:
         wall_s, cpu_s = time.perf_counter() - started, time.process_time() - before
     lab.gather()
     report = router.report() | {"device": DEVICE, "cpu_share": round(cpu_s / wall_s, 4)}
+    report["peers_cpu_s"] = {peer: host.cpu_s for peer, host in lab.hosts.items()}
     (lab.out / "router.json").write_text(json.dumps(report, indent=1) + "\n")
     if (failed := lab.failed()) and lab.stopping:
         raise Fault(INTERRUPTED, f"{lab.stopping} before all had begun", str(lab.out))

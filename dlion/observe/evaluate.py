@@ -140,4 +140,6 @@ def evaluate_directory(
 def lower_priority() -> None:
     """Give way to everybody else on this host, where the system allows it."""
     with suppress(AttributeError, PermissionError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # who started us may be at a real-time priority
+    with suppress(AttributeError, PermissionError):
         os.nice(19)
