@@ -204,7 +204,7 @@ class Lab:
                 self.begin(self.hosts[begin.peer])
             if time.monotonic() > limit:
                 raise Fault(CONFIGURATION, "the peers do not end", str(self.out), "see hosts/*/output.txt")
-            return all([host.look() for host in self.hosts.values()])
+            return not [host for host in self.hosts.values() if not host.look()]
 
         with ahead():
             router.serve(done)
@@ -374,8 +374,8 @@ def peer_flags(options: Mapping[str, Any]) -> list[str]:
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="A key of the job.")
 @click.option("--kill", "kills", multiple=True, metavar="PEER@SECONDS", help="SIGKILL to that peer, then.")
 @click.option(
-    "--start",
-    "starts",
+    "--begin",
+    "begins",
     multiple=True,
     metavar="PEER@SECONDS",
     help="Start that peer only, or after --kill again, then.",
