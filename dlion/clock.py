@@ -8,10 +8,10 @@ reaches the loop stops the run, and a loop in which nothing can ever wake raises
 from __future__ import annotations
 
 import asyncio
-import heapq
 from asyncio import base_events, events
 from collections.abc import Callable
-from contextvars import Context, copy_context
+from contextvars import Context
+from heapq import heappop, heappush
 from typing import Any
 
 
@@ -37,7 +37,7 @@ class VirtualLoop(base_events.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.Handle:
-        handle = events.Handle(callback, args, self, context)
+        handle = _Handle(self._now, callback, args, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
         return handle
 
@@ -49,13 +49,10 @@ class VirtualLoop(base_events.BaseEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
-        handle = _Timer(when, callback, args, self, context)
+        handle = _Handle(when, callback, args, context)
         self._order += 1
-        heapq.heappush(self._timers, (when if when > self._now else self._now, self._order, handle))
+        heappush(self._timers, (when if when > self._now else self._now, self._order, handle))
         return handle
-
-    def _timer_handle_cancelled(self, handle: events.TimerHandle) -> None:
-        """Cancelled timers are dropped when their time comes."""
 
     def fail(self, failure: BaseException) -> None:
         """Stop the run with the first ``failure``."""
@@ -64,37 +61,32 @@ class VirtualLoop(base_events.BaseEventLoop):
 
     def _run_once(self) -> None:
         """All that can happen until somebody stops the loop: one flat loop, for it turns a million times a minute."""
-        ready = self._ready  # type: ignore[attr-defined]
+        ready, timers = self._ready, self._timers  # type: ignore[attr-defined]
         while True:
-            if not ready:
-                self._wake()
-            for _ in range(len(ready)):
+            if ready:
                 handle = ready.popleft()
-                if handle._cancelled:
-                    continue
-                try:
+            elif timers:
+                when, _, handle = heappop(timers)
+                if not handle._cancelled:
+                    self._now = when
+            else:
+                raise Deadlock(f"at {self._now:.6f} virtual seconds: everybody waits and nothing can wake anybody")
+            if handle._cancelled:
+                continue
+            try:
+                if handle._context is None:
+                    handle._callback(*handle._args)
+                else:
                     handle._context.run(handle._callback, *handle._args)
-                except (SystemExit, KeyboardInterrupt):
-                    raise
-                except BaseException as error:
-                    self.fail(error)
-                if self._failure is not None:
-                    failure, self._failure = self._failure, None
-                    raise failure
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.fail(error)
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
             if self._stopping:  # type: ignore[attr-defined]
                 return
-
-    def _wake(self) -> None:
-        """Move the clock to the next live timer and make it ready."""
-        timers = self._timers
-        while timers:
-            when, _, handle = heapq.heappop(timers)
-            if not handle._cancelled:
-                self._now = when
-                self._ready.append(handle)  # type: ignore[attr-defined]
-                return
-        if not self._stopping:  # type: ignore[attr-defined]
-            raise Deadlock(f"at {self._now:.6f} virtual seconds: everybody waits and nothing can wake anybody")
 
     def _write_to_self(self) -> None:
         """Nobody else's thread may wake a virtual loop."""
@@ -103,20 +95,23 @@ class VirtualLoop(base_events.BaseEventLoop):
         """There are no file descriptors."""
 
 
-class _Timer(events.TimerHandle):
-    """A timer handle made in one call. Never in debug mode's heap, so it need not know whether it is scheduled."""
+class _Handle(events.TimerHandle):
+    """A callback, made and cancelled in one call each: the base's constructors cost more than most callbacks. One that
+    was given no context runs in the loop's own. Cancelled, it is dropped when its time comes."""
 
-    def __init__(  # the base's three constructors cost more than most callbacks
-        self, when: float, callback: Callable[..., object], args: Any, loop: VirtualLoop, context: Context | None
-    ) -> None:
-        self._context = copy_context() if context is None else context
-        self._loop = loop
+    __slots__ = ()
+
+    def __init__(self, when: float, callback: Callable[..., object], args: Any, context: Context | None) -> None:
+        self._when = when
         self._callback = callback
         self._args = args
+        self._context = context
         self._cancelled = False
         self._repr = self._source_traceback = None
-        self._when = when
-        self._scheduled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._args = ()
 
 
 def _record(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ class Node:
         self._snapshot = np.empty_like(weights)
         self._inbox: list[Item] = []
         self._busy = False
-        self._own_pending = 0
+        self._own_pending = False
         self._outcome = Outcome()
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._stopping = ""
@@ -105,7 +105,8 @@ class Node:
     async def __aenter__(self) -> Node:
         self._loop = asyncio.get_running_loop()
         self._zero = self._loop.time() - self.keeper.zero_s
-        self._work, self._changed, self._finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._changed, self._finished = asyncio.Event(), asyncio.Event()
+        self._idle: asyncio.Future[None] = self._loop.create_future()
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         await self._group.__aenter__()
@@ -277,14 +278,16 @@ class Node:
         if inbox and type(item) is MembersChanged and type(inbox[-1]) is MembersChanged:
             return
         inbox.append(item)
-        self._own_pending += isinstance(item, OWN)
-        self._work.set()
+        self._own_pending = self._own_pending or isinstance(item, OWN)
+        if not self._idle.done():
+            self._idle.set_result(None)
 
     async def _exchange(self) -> None:
         """Feed the lane with all that happened since its last batch."""
         while True:
-            await self._work.wait()
-            self._work.clear()
+            if not self._inbox:
+                self._idle = self._loop.create_future()
+                await self._idle
             items, self._inbox = self._inbox, []
             self._busy = True
             self.company.show(self.ctx)
@@ -294,7 +297,7 @@ class Node:
                 partial(self._batch_cost_s, len(items)),
             )
             self._busy = False
-            self._own_pending -= sum(isinstance(i, OWN) for i in items)
+            self._own_pending = any(isinstance(i, OWN) for i in self._inbox)
             self._perform(outcome)
             self._changed.set()
 

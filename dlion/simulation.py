@@ -45,7 +45,7 @@ class ModelledCompute:
         self._free_at[lane] = end
         if end > now:
             done = loop.create_future()
-            timer = loop.call_at(end, _wake, done)
+            timer = loop.call_at(end, done.set_result, None)
             try:
                 await done
             finally:
@@ -54,11 +54,6 @@ class ModelledCompute:
 
     def close(self) -> None:
         pass
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 class MemoryNetwork:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, TypeVar, get_args
@@ -57,17 +59,16 @@ def columns(kind: type[runlog.Event], rows: Sequence[runlog.Event]) -> dict[str,
     """One array per field over ``rows``, all of them of ``kind``; nested fields as ``waited.pace``."""
     found: dict[str, Column] = {}
     for name, inner in _fields(kind):
-        values = [getattr(row, name) for row in rows]
+        values = list(map(attrgetter(name), rows))
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             for part, leaf in _fields(inner):
-                found[f"{name}.{part}"] = np.array([getattr(v, part) for v in values], dtype=_DTYPES[leaf])
+                found[f"{name}.{part}"] = np.array(list(map(attrgetter(part), values)), dtype=_DTYPES[leaf])
         else:
-            if inner is float:
-                values = [np.nan if v is None else v for v in values]
-            found[name] = np.array(values, dtype=_DTYPES[inner])
+            found[name] = np.array(values, dtype=_DTYPES[inner])  # None becomes NaN
     return found
 
 
+@cache
 def _fields(struct: type[msgspec.Struct]) -> list[tuple[str, type]]:
     """Names and plain types of the fields, ``X | None`` counted as X."""
     found = []

@@ -27,12 +27,10 @@ PENDING_EVENTS_MAX = 4096
 
 
 class Event(msgspec.Struct, frozen=True, gc=False, kw_only=True, tag_field="e", tag=str.lower):
-    """Base of all events. ``t`` is rounded to microseconds, so a line does not grow with the clock's digits."""
+    """Base of all events. ``t`` is rounded to microseconds when it is written, so a line does not grow with the
+    clock's digits."""
 
     t: float
-
-    def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "t", round(self.t, 6))
 
 
 class Header(Event, frozen=True, gc=False, kw_only=True):
@@ -258,6 +256,7 @@ class RunLog:
         self._flushing = Lock()
 
     def write(self, event: Event) -> None:
+        msgspec.structs.force_setattr(event, "t", round(event.t, 6))
         pending = self._pending
         pending.append(event)
         if len(pending) >= PENDING_EVENTS_MAX:
