@@ -8,7 +8,8 @@ the sponsor hears of it until that answer: it goes on to the newcomer as it came
 once, by one way: in the copy, passed on, or told directly. (The copy and what is passed on are the sponsor's part of a
 consistent cut, ``dlion.cut``.) The newcomer's own steps are owed to everybody from its first.
 
-The estate of its former life goes with JOIN: what the sponsor had heard of it is what everybody has heard.
+The estate of its former lives goes with JOIN: what the sponsor had heard of it is what everybody has heard. JOINs of
+two sponsors may overtake each other (the first one's link was slow, or it died): that of the later life counts.
 
 Two that come at the same time, behind two sponsors. Where one sponsor knew of the other newcomer when it copied, that
 one is asked like any neighbour. Where neither did, neither copy holds anything of the other newcomer, and each sponsor
@@ -129,6 +130,8 @@ class Newcomers:
         self._exchange, self._ctx = exchange, ctx
         self._forget, self._become, self._newest_cut = forget, become, newest_cut
         self._guests: dict[PeerId, Guest] = {}
+        self._lives: dict[PeerId, int] = {}
+        """The last life that we heard of, of each who came."""
         self.entry: Entry | None = None
         self.entered: Entered | None = None
         self.staged = False
@@ -230,7 +233,7 @@ class Newcomers:
 
     def _sponsor(self, peer: PeerId, life: int) -> Iterator[Action]:
         ctx, exchange = self._ctx, self._exchange
-        self._renew(peer)
+        self._renew(peer, life)
         estate = exchange.estate(peer)
         yield from exchange.introduce(peer, ctx.me, life, ctx)
         near = {*ctx.links, *ctx.silent}
@@ -248,7 +251,10 @@ class Newcomers:
         peer, life, sponsor = PeerId(str(message.fields["peer"])), int(message.fields["life"]), message.hop
         if peer == self._ctx.me or len(message.blocks) > 1:
             raise ValueError(f"{JOIN}: not of another peer, or more than one estate")
-        self._renew(peer)
+        if life < self._lives.get(peer, 0):
+            yield Send((sponsor,), Message(JOINED, fields={"peer": peer, "life": life}))
+            return
+        self._renew(peer, life)
         self._guests.pop(peer, None)
         asks = bool(message.fields["asks"])
         yield from self._exchange.introduce(peer, sponsor if asks else None, life, self._ctx, message)
@@ -259,9 +265,10 @@ class Newcomers:
                 yield Send((other,), replace(message, fields={**message.fields, "asks": False}, stream=Stream.UPDATE))
         yield Send((sponsor,), Message(JOINED, fields={"peer": peer, "life": life}))
 
-    def _renew(self, peer: PeerId) -> None:
+    def _renew(self, peer: PeerId, life: int) -> None:
         """Nothing more can be said to the former life of ``peer``, nor be heard of it."""
         ctx = self._ctx
+        self._lives[peer] = life
         if (link := ctx.links.pop(peer, None)) is not None:
             ctx.silent[peer] = link
         for guest in self._guests.values():

@@ -1,10 +1,12 @@
 """Common ground of the strategies that know what each neighbour has told them: what a peer leaves when it dies, and
 what a newcomer must be given so that it can take part in that.
 
-Law: for every neighbour one array, the sum of all that it told us; one for what the dead had told, once everybody holds
-the same of it. So the replica is: start + own steps + what each has told + what is common. Of a death that nobody came
-back from, the first of those who heard it tells the rest in the drain what it had heard in all; of one that is followed
-by a new life, the newcomer's sponsor does, at once. Whoever is told has heard of the dead what the teller had.
+Law: for every neighbour one array, the sum of all that it told us; one more for who came again, of what its former
+lives had told, once that is settled. So the replica is: start + own steps + what each has told in all its lives. Of a
+death that nobody came back from, the first of those who heard it tells the rest in the drain what it had heard in all;
+of one that is followed by a new life, the newcomer's sponsor does, at once. Whoever is told has heard of the dead what
+the teller had. An estate is of all lives together, so that the last one told makes good whatever part of an earlier one
+was lost with its teller.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dlion.exchange.spread import Spread
 from dlion.messages import Message, PeerId, Scalar
 from dlion.tensors import Flat
 
-COMMON = "common"
+FORMER = "former"
 
 
 class Estates(Spread):
@@ -41,8 +43,8 @@ class Estates(Spread):
         """Estates told to us, until we too know that their owner is dead."""
         self._lives: dict[PeerId, int] = {}
         """Of those who came again: their present life."""
-        self._common: Flat | None = None
-        """What former lives had told, and everybody has."""
+        self._former: dict[PeerId, Flat] = {}
+        """What the settled lives of each peer had told in all."""
 
     def unsaid(self) -> Flat:
         """Own steps that are in the replica and will be told later, to all alike."""
@@ -64,13 +66,13 @@ class Estates(Spread):
             block.add_to(self._heard[message.hop])
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "heard": self._heard, "lives": dict(self._lives), COMMON: self._common}
+        return {**super().state(), "heard": self._heard, "lives": dict(self._lives), FORMER: self._former}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         super().restore(state, ctx)
         self._heard = {peer: np.array(flat, dtype=np.float32) for peer, flat in state["heard"].items()}
         self._lives = dict(state["lives"])
-        self._common = None if state[COMMON] is None else np.array(state[COMMON], dtype=np.float32)
+        self._former = {peer: np.array(flat, dtype=np.float32) for peer, flat in state[FORMER].items()}
 
     # -- those who do not come back ------------------------------------------------------------------------------
 
@@ -85,44 +87,43 @@ class Estates(Spread):
             heirs = [p for p in told if everybody or ctx.links[p].lan]
             if ctx.me < min(heirs, default=ctx.me):
                 self._settled.add(dead)
-                estate = dense(self._heard.get(dead, np.zeros(self._size, dtype=np.float32)))
+                held = self.estate(dead)
+                estate = dense(np.zeros(self._size, dtype=np.float32) if held is None else held)
                 fields: dict[str, Scalar] = {"cloud": ctx.cloud, "of": dead, "life": self._lives.get(dead, 0)}
                 message = Message("estate", ctx.step, 0, fields, (estate,))
                 yield Send(tuple(p for p in heirs if not self.spares(ctx.links[p])), message)
         for dead in sorted(set(self._wills) - set(ctx.members)):
             message = self._wills.pop(dead)
             if int(message.fields["life"]) >= self._lives.get(dead, 0):  # else it is of a life that is settled
-                heard = np.zeros(self._size, dtype=np.float32)
-                for block in message.blocks:
-                    block.add_to(heard)
-                yield from self._accept(dead, heard, ctx, message)
-                self._heard[dead] = heard
+                yield from self._accept(dead, ctx, message)
 
-    def _accept(self, dead: PeerId, estate: Flat, ctx: Context, message: Message) -> Iterator[Action]:
+    def _accept(self, dead: PeerId, ctx: Context, message: Message) -> Iterator[Action]:
         """From now on we have heard of the dead what the teller had."""
-        missed = estate - self._heard.get(dead, np.float32(0))
+        estate = np.zeros(self._size, dtype=np.float32)
+        for block in message.blocks:
+            block.add_to(estate)
+        held = self.estate(dead)
+        missed = estate if held is None else estate - held
+        self._former[dead] = estate
+        self._heard.pop(dead, None)
         yield Add(missed, message=message)
         yield from self.spread(dense(missed), (), ctx, message)
 
     # -- those who do --------------------------------------------------------------------------------------------
 
     def estate(self, peer: PeerId) -> Flat | None:
-        return self._heard.get(peer)
+        heard, former = self._heard.get(peer), self._former.get(peer)
+        return heard if former is None else former if heard is None else former + heard
 
     def introduce(
         self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
     ) -> Iterable[Action]:
         yield from super().introduce(peer, sponsor, life, ctx, message)
-        estate = self._heard.get(peer)
-        if message is not None:
-            heard = estate
-            estate = np.zeros(self._size, dtype=np.float32) if message.blocks or heard is not None else None
-            if estate is not None:
-                for block in message.blocks:
-                    block.add_to(estate)
-                yield from self._accept(peer, estate, ctx, message)
-        if estate is not None:
-            self._common = estate.copy() if self._common is None else self._common + estate
+        estate = self.estate(peer)
+        if message is not None and (message.blocks or estate is not None):
+            yield from self._accept(peer, ctx, message)
+        elif estate is not None:
+            self._former[peer] = estate
         self._heard.pop(peer, None)
         self._wills.pop(peer, None)
         self._settled.discard(peer)
@@ -130,10 +131,10 @@ class Estates(Spread):
         self._met.setdefault(peer, ctx.cloud if message is None else str(message.fields["cloud"]))
 
     def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
-        """What we heard of each common neighbour, what is common, and the rest, which is the start and what we told."""
+        """What we heard of each common neighbour, what former lives told, and the rest: the start and what we told."""
         beyond = set(ctx.routes.onward(peer, ctx.cloud))
         rest = self.view(ctx.weights) - self.unsaid()
-        held = {} if self._common is None else {COMMON: self._common.copy()}
+        held = {f"{FORMER}\n{other}": told.copy() for other, told in self._former.items()}
         for other in sorted(set(self._met) | set(self._heard)):
             if other in beyond or other == peer:
                 continue
@@ -148,8 +149,11 @@ class Estates(Spread):
         if "" not in bequest:
             raise ValueError("it holds no weights")
         self._heard = {sponsor: bequest[""] - ctx.weights}
-        self._common = bequest.get(COMMON)
-        for name in bequest.keys() - {"", COMMON}:
+        self._former = {}
+        for name in bequest.keys() - {""}:
+            if name.startswith(f"{FORMER}\n"):
+                self._former[PeerId(name.split("\n")[1])] = bequest[name]
+                continue
             cloud, peer, life = name.split("\n")
             self._heard[PeerId(peer)] = bequest[name]
             self._met[PeerId(peer)] = cloud
