@@ -91,6 +91,8 @@ class ChunkReader:
         self.arrived_bytes = 0
         """Bytes of all streams that arrived since the owner last acknowledged."""
         self.chunk_ended = False
+        self.between = True
+        """No message is half read."""
         self._space = memoryview(bytearray(READ_BYTES))
         self._restart()
 
@@ -101,11 +103,6 @@ class ChunkReader:
         self._rest = 0
         self._skip = 0
         self._direct = False
-
-    @property
-    def between(self) -> bool:
-        """No message is half read."""
-        return all(stream.message is None for stream in self.streams)
 
     def cursors(self) -> dict[int, int]:
         """Bytes received of each stream: where the other end has to go on."""
@@ -227,6 +224,7 @@ class ChunkReader:
         stream.cursor += LENGTH_BYTES
         self.arrived_bytes += LENGTH_BYTES
         stream.filled = 0
+        self.between = False
         # Not zeroed: pages of a large message are touched once, by the bytes that arrive.
         stream.message = memoryview(bytearray(length)) if length < READ_BYTES else np.empty(length, np.uint8).data
 
@@ -244,4 +242,5 @@ class ChunkReader:
         if stream.filled == message.nbytes:
             stream.count += 1
             stream.message = None
+            self.between = all(other.message is None for other in self.streams)
             self.messages.append(Received(self._index, stream.count, message))

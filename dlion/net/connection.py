@@ -190,12 +190,12 @@ class Connection:
             self._last_written = now
         if not link.congested:  # else the acknowledgement leaves when the link takes more
             self._arm_ack(now)
-        self._watch_window()
+        self._watch_window(now)
 
-    def _watch_window(self) -> None:
+    def _watch_window(self, now: float) -> None:
         writable_bytes = self.session.writable_bytes()
         if not self._full:
-            self._full, self._full_since = not writable_bytes, self._loop.time()
+            self._full, self._full_since = not writable_bytes, now
         elif writable_bytes >= self.session.chunk_bytes_wanted:
             self._full_s = self.full_s
             self._full = False

@@ -97,10 +97,14 @@ class Session:
         self.peer_bye: Bye | int | None = None
         self.queued_bytes = 0
         """Bytes of all streams that wait to be sent, whether or not the window has room."""
+        self.unacked_bytes = 0
+        """Bytes above control that are on the link or beyond, not acknowledged."""
         self.chunk_bytes = limits.chunk_bytes_min
         """How much leaves in one piece: about ``chunk_s`` of the link's rate."""
         self.window_bytes = limits.window_bytes_initial
         """Most unacknowledged bytes of the streams above control."""
+        self.get_buffer = self._reader.get_buffer
+        """``get_buffer(size_hint)``: where the next bytes of the link belong."""
         self._tune()
 
     # What the owner says ---------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class Session:
                 raise ProtocolError(f"cursor {cursor} of stream {index} is not in {out.acked} to {out.reached}")
         for out, cursor in zip(self._out, cursors, strict=True):
             out.rewind(cursor)
-        self.queued_bytes = sum(out.end - out.sent for out in self._out)
+        self._recount()
         self._reader.restart()
         self.estimate.restart(now)
         self._tune()
@@ -188,11 +192,10 @@ class Session:
         if room == chunk_bytes and not self.owes(now):
             return buffers
         self._signals(now, buffers)
-        unacked_bytes = self.unacked_bytes
-        if self.queued_bytes or unacked_bytes + chunk_bytes >= self.window_bytes:
+        if self.queued_bytes or self.unacked_bytes + chunk_bytes >= self.window_bytes:
             self.estimate.filled(self.queued_bytes > 0)
         else:
-            self.estimate.starved(unacked_bytes + self._out[CONTROL].sent - self._out[CONTROL].acked)
+            self.estimate.starved(self.unacked_bytes + self._out[CONTROL].sent - self._out[CONTROL].acked)
         return buffers
 
     def _cut(self, index: int, out: Outbound, chunk_bytes: int, now: float, buffers: list[Buffer]) -> int:
@@ -201,16 +204,17 @@ class Session:
         place = out.sent - start
         rest = LENGTH_BYTES + body.nbytes - place
         nbytes = min(rest, chunk_bytes)
-        unacked_bytes = self.unacked_bytes
+        control = self._out[CONTROL]
+        in_flight_bytes = self.unacked_bytes + control.sent - control.acked
         if index != CONTROL:
             if now < self.estimate.pace_at:
                 self._paced = True
                 return 0
-            nbytes = min(nbytes, self.window_bytes - unacked_bytes)
+            nbytes = min(nbytes, self.window_bytes - self.unacked_bytes)
             if nbytes < min(rest, self.limits.chunk_bytes_min):
                 return 0
-        control = self._out[CONTROL]
-        flight = self.estimate.sent(now, unacked_bytes + control.sent - control.acked, nbytes)
+            self.unacked_bytes += nbytes
+        flight = self.estimate.sent(now, in_flight_bytes, nbytes)
         if not place:
             buffers.append(OPENING.pack(DATA, index, 0, nbytes, out.sent, body.nbytes))
             if nbytes > LENGTH_BYTES:
@@ -251,10 +255,6 @@ class Session:
             buffers.append(HEADER.pack(PING, 0, 0, 0, self._ping))
 
     # What arrives ----------------------------------------------------------------------------------------------
-
-    def get_buffer(self, size_hint: int) -> memoryview:
-        """Where the next bytes of the link belong."""
-        return self._reader.get_buffer(size_hint)
 
     def buffer_updated(self, nbytes: int, now: float) -> list[Received]:
         """``nbytes`` arrived in that buffer; returns the messages they completed. Raises ProtocolError.
@@ -300,8 +300,8 @@ class Session:
             if offset > out.reached or (offset > out.sent and out.inside_length(offset)):
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
-                self.queued_bytes -= max(0, offset - out.sent)
                 news.setdefault(value, Arrival(held)).add(offset - out.acked, out.drop_acked(offset))
+                self._recount()
         elif kind == PING:
             self._pong = offset
         elif kind == PONG:
@@ -320,16 +320,17 @@ class Session:
         self.window_bytes = int(min(max(estimate.window_bytes(), least), limits.unacked_bytes_max))
         self.chunk_bytes = int(min(max(estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
 
-    @property
-    def unacked_bytes(self) -> int:
-        """Bytes above control that are on the link or beyond, not acknowledged."""
-        _, update, bulk = self._out
-        return update.sent - update.acked + bulk.sent - bulk.acked
+    def _recount(self) -> None:
+        """A stream has moved by what the other end says."""
+        control, update, bulk = self._out
+        self.queued_bytes = control.end - control.sent + update.end - update.sent + bulk.end - bulk.sent
+        self.unacked_bytes = update.sent - update.acked + bulk.sent - bulk.acked
 
     def writable_bytes(self) -> int:
         """How much more the link can use now without a queue; 0 when the window is full."""
         _, update, bulk = self._out
-        return max(0, self.window_bytes - (update.end - update.acked) - (bulk.end - bulk.acked))
+        room = self.window_bytes - (update.end - update.acked) - (bulk.end - bulk.acked)
+        return room if room > 0 else 0
 
     @property
     def chunk_bytes_wanted(self) -> int:
