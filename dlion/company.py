@@ -232,9 +232,9 @@ class Company:
         roster = self.membership.roster
         near = [peer for peer in near if roster.states[peer] in LIVING]
         for peer in near:
-            if not connections[peer].session.idle:
+            if not connections[peer].session.heard:
                 connections[peer].ask()
-        return all(connections[p].session.idle for p in near) and farewell.complete(near, roster.live, leaving)
+        return all(connections[p].session.heard for p in near) and farewell.complete(near, roster.live, leaving)
 
     # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
 

@@ -354,6 +354,12 @@ class Session:
         return control.acked == control.end and update.acked == update.end and bulk.acked == bulk.end
 
     @property
+    def heard(self) -> bool:
+        """All updates and bulk have been acknowledged. (Of control, which is mostly news, there may always be more.)"""
+        _, update, bulk = self._out
+        return update.acked == update.end and bulk.acked == bulk.end
+
+    @property
     def ack_at(self) -> float:
         """When ``outgoing`` should be asked again, at the latest, for an acknowledgement's sake."""
         return min(self._ack_at, self.estimate.pace_at) if self._paced else self._ack_at
