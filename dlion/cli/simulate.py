@@ -5,8 +5,9 @@ Law: builds the nodes, runs them, sums up. Wall time is measured here and nowher
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dlion.cli.planfile import save_plan
 from dlion.cli.show import show_summary
 from dlion.compute import Compute
 from dlion.cut import Part
-from dlion.learn.workload import Workload
+from dlion.learn.workload import Evaluation, Workload
 from dlion.mesh.presence import PresenceError, turns
 from dlion.messages import PeerId
 from dlion.node import Node, NodeSettings, Seams
@@ -33,11 +34,27 @@ from dlion.simulation import Birth, Death, MemoryDialer, simulate
 from dlion.tensors import Flat, disagreement
 
 
-class Evaluator:
-    """Measures weights on the spot; virtual time charges nothing for it. Replicas that are equal are measured once."""
+class Measured:
+    """What was measured lately, by the weights' hash: replicas that are equal are measured once."""
 
-    def __init__(self, workload: Workload, limit: int | None, replicas: bool = False) -> None:
-        self._workload, self._limit, self._replicas = workload, limit, replicas
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: dict[bytes, Evaluation] = {}
+
+    def of(self, weights: Flat, measure: Callable[[], Evaluation]) -> Evaluation:
+        key = hashlib.blake2b(weights.data, digest_size=16).digest()
+        if key not in self._known:
+            self._known[key] = measure()
+            while len(self._known) > self._most:
+                del self._known[next(iter(self._known))]
+        return self._known[key]
+
+
+class Evaluator:
+    """Measures weights on the spot; virtual time charges nothing for it."""
+
+    def __init__(self, workload: Workload, limit: int | None, measured: Measured, replicas: bool = False) -> None:
+        self._workload, self._limit, self._measured, self._replicas = workload, limit, measured, replicas
 
     def __call__(self, t: float, step: int, view: Flat, replica: Flat) -> Iterable[Event]:
         yield self._measure(t, step, view, "view")
@@ -46,7 +63,7 @@ class Evaluator:
 
     def _measure(self, t: float, step: int, weights: Flat, which: str) -> Eval:
         with np.errstate(over="ignore", invalid="ignore"):
-            found = self._workload.evaluate(weights, self._limit)
+            found = self._measured.of(weights, lambda: self._workload.evaluate(weights, self._limit))
         loss = float(found.loss)
         return Eval(
             t=t,
@@ -116,10 +133,11 @@ def play(
         settings = replace(settings, start_wait_s=min(settings.start_wait_s, ABSENT_WAIT_S))
     memories = {peer: Memory() for peer in plan.peers}
     digests = {peer: Digest(memories[peer]) for peer in plan.peers}
+    measured = Measured(2 * len(plan.peers))
 
     def make(peer: PeerId, dialer: MemoryDialer, compute: Compute) -> Node:
         workload = workload_of(plan, peer)
-        observer = Evaluator(workload, job.evaluate.samples or None, replicas=peer == replica_of)
+        observer = Evaluator(workload, job.evaluate.samples or None, measured, replicas=peer == replica_of)
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
         return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=settings)
 
