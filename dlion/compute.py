@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
 
-class Lane(Enum):
+class Lane(StrEnum):
     """One job at a time per lane; lanes run beside each other."""
 
     TRAIN = "train"

@@ -1,6 +1,6 @@
 """Virtual time: messages per second, what share of the work is not learning, and how both scale.
 
-    python scripts/bench_simulate.py [--json] [--seconds 60]
+    python scripts/bench_simulate.py [--json] [--calls] [--seconds 60]
     python scripts/bench_simulate.py --day pride [--hours 24] --wan DIRECTORY   # 4 bridged micro-clouds of 8, traces
     python scripts/bench_simulate.py --thousand pride [--seconds 600]           # 100 micro-clouds of 10, along a tree
     python scripts/bench_simulate.py --flat docs/simulate.png                   # 10 to 1,000 peers, and a picture
@@ -10,11 +10,13 @@ delivered to nodes per CPU second of a toy run, building and summary included. `
 run (dlion on hetero-system) that is neither gradient nor selection nor addition; evaluation is left out of the sum.
 A step lasts 5 s in the large runs, the toy job's batch does not grow, and weights are measured once a minute. Costs of
 growing runs are those of virtual time alone: a short run of the same peers is taken off a longer one, and printed
-apart.
+apart. ``--calls`` counts calls of functions, Python's and C's, which no other process can change; it about trebles the
+CPU seconds of the same run.
 """
 
 from __future__ import annotations
 
+import cProfile
 import json
 import os
 import resource
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from itertools import combinations
@@ -103,10 +106,11 @@ def instrumented() -> Stopwatch:
 
 
 class Deliveries:
-    """Counts the messages that exchange lanes take in."""
+    """Counts the messages that exchange lanes take in; with ``profile`` the calls of functions too."""
 
-    def __init__(self) -> None:
+    def __init__(self, profile: cProfile.Profile | None = None) -> None:
         self.count = 0
+        self.profile = profile
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
@@ -114,20 +118,30 @@ class Deliveries:
 
         vars(lane)["decode"] = counted
 
+    def calls(self, messages: int, steps: int) -> dict[str, int]:
+        """Calls of functions since the last time this was asked, by message and by local step."""
+        if self.profile is None:
+            return {}
+        calls = sum(entry.callcount for entry in self.profile.getstats())
+        self.profile.clear()
+        return {"calls_per_message": round(calls / messages), "calls_per_step": round(calls / steps)}
+
 
 def run(deliveries: Deliveries, job: str, topology: Topology, seconds: float, **settings: Any) -> dict[str, Any]:
     flags = {key.replace("__", "."): value for key, value in settings.items()}
     plan = Plan(load_job(job, {"job.until": seconds, **flags}), topology)
     before, begin, wall = deliveries.count, time.process_time(), time.perf_counter()
-    summary = verb.run_simulation(plan)
+    with deliveries.profile or nullcontext():
+        summary = verb.run_simulation(plan)
     cpu, wall = time.process_time() - begin, time.perf_counter() - wall
-    messages = deliveries.count - before
+    messages, steps = deliveries.count - before, sum(summary["steps"].values())
     return {
         "exchange": summary["exchange"],
         "topology": plan.topology.name,
         "peers": len(plan.peers),
-        "steps": sum(summary["steps"].values()),
+        "steps": steps,
         "messages": messages,
+        **deliveries.calls(messages, steps),
         "cpu_s": round(cpu, 3),
         "wall_s": round(wall, 1),
         "messages_per_cpu_s": round(messages / cpu),
@@ -218,31 +232,24 @@ def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one object instead of tables.")
+@click.option("--calls", is_flag=True, help="Count calls of functions too.")
 @click.option("--seconds", default=60.0, help="Virtual seconds of the toy runs.")
 @click.option("--day", metavar="STRATEGY", help="32 peers over recorded links, for --hours; needs --wan.")
 @click.option("--hours", default=24.0, help="Virtual hours of --day.")
 @click.option("--wan", type=click.Path(exists=True, path_type=Path), help="Where the traces are.")
 @click.option("--thousand", metavar="STRATEGY", help="1,000 peers for --seconds.")
 @click.option("--flat", "picture", type=click.Path(path_type=Path), help="Draw the cost of a message there.")
-def main(
-    as_json: bool,
-    seconds: float,
-    day: str | None,
-    hours: float,
-    wan: Path | None,
-    thousand: str | None,
-    picture: Path | None,
-) -> None:
-    deliveries = Deliveries()
+def main(as_json: bool, calls: bool, seconds: float, day: str | None, thousand: str | None, **large: Any) -> None:
+    deliveries = Deliveries(cProfile.Profile() if calls else None)
     with tempfile.TemporaryDirectory() as folder:
         if day is not None:
-            if wan is None:
+            if large["wan"] is None:
                 raise click.UsageError("--day needs --wan DIRECTORY with the traces in DIRECTORY/mahimahi")
-            topology, lasts_s, name = traced(wan, Path(folder)), 3600 * hours, day
+            topology, lasts_s, name = traced(large["wan"], Path(folder)), 3600 * large["hours"], day
         elif thousand is not None:
             topology, lasts_s, name = grown(100, 10, 5.0, Path(folder)), seconds, thousand
-        elif picture is not None:
-            flat(deliveries, picture, Path(folder))
+        elif large["picture"] is not None:
+            flat(deliveries, large["picture"], Path(folder))
             return
         else:
             small(deliveries, as_json, seconds)

@@ -210,9 +210,11 @@ class Session:
             if now < self.estimate.pace_at:
                 self._paced = True
                 return 0
-            nbytes = min(nbytes, self.window_bytes - self.unacked_bytes)
-            if nbytes < min(rest, self.limits.chunk_bytes_min):
-                return 0
+            room = self.window_bytes - self.unacked_bytes
+            if room < nbytes:
+                if room < min(rest, self.limits.chunk_bytes_min):
+                    return 0
+                nbytes = room
             self.unacked_bytes += nbytes
         flight = self.estimate.sent(now, in_flight_bytes, nbytes)
         if not place:

@@ -47,7 +47,7 @@ class Meter:
 
     @property
     def lag_p99_s(self) -> float:
-        return float(np.quantile(self._lags, 0.99)) if self._lags else 0.0
+        return float(np.quantile(self._lags, 0.99)) if any(self._lags) else 0.0
 
     def step(self, loss: float, samples: int, seconds: float, waited_s: float) -> None:
         """One local step; ``waited_s`` is what it waited before it began."""

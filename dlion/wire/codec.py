@@ -195,12 +195,12 @@ def _check_envelope(envelope: _Envelope, limits: Limits) -> None:
     if len(fields) > limits.fields_max or len(coverage) > limits.coverage_max:
         raise Malformed(f"{len(fields)} fields and {len(coverage)} spans are too many")
     for name, value in fields.items():
-        if isinstance(value, float):
-            if not math.isfinite(value):
-                raise Malformed(f"field {name!r} is not finite")
-        elif isinstance(value, str):
+        if isinstance(value, str):
             if len(value) > limits.text_chars_max:
                 raise Malformed(f"field {name!r} is too long")
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                raise Malformed(f"field {name!r} is not finite")
         elif value >= 1 << 63:
             raise Malformed(f"field {name!r} does not fit 64 bits")
     for origin, first, last in coverage:
