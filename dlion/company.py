@@ -370,7 +370,7 @@ class Company:
         if any(change.state is State.SILENT for change in changes):
             self._spread_news()
         if self._seeking and self.neighbours.sponsor is None:
-            self.neighbours.want(self.membership.neighbours)
+            self.neighbours.want(self.membership.sought)
         if self._seen != self.membership.roster.version:
             self._seen = self.membership.roster.version
             self._put(MembersChanged())

@@ -22,6 +22,8 @@ class Membership:
         self.me = me.peer
         self.topology = topology
         self.roster = Roster(me, topology.peers, silent_after_s, period_s)
+        self._held: dict[str, list[PeerId]] = {}
+        """Who of each micro-cloud counted when one of it last did."""
         self.plan: Plan = self._replan()
         self._planned = self.roster.shape
         self._shown = -1
@@ -35,20 +37,41 @@ class Membership:
 
     def _replan(self) -> Plan:
         """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
-        states = self.roster.states
-        counted = [p for p, state in states.items() if state in COUNTED]
-        return shared_plan(self.topology, counted, [p for p, state in states.items() if state is State.SILENT])
+        return self._plan_with(None)
+
+    def _plan_with(self, newcomer: PeerId | None) -> Plan:
+        """The plan, should ``newcomer`` count too. A micro-cloud of which nobody is heard keeps its bridges, on which
+        it is owed what is said meanwhile, to those who were heard last."""
+        states, cloud_of, held = self.roster.states, self.topology.cloud_of, []
+        counted = [p for p, state in states.items() if state in COUNTED or p == newcomer]
+        if self.topology.talk != "mesh":
+            heard: dict[str, list[PeerId]] = {}
+            for peer in counted:
+                heard.setdefault(cloud_of(peer), []).append(peer)
+            if newcomer is None:
+                self._held.update(heard)
+            last = (peers for cloud, peers in self._held.items() if cloud not in heard)
+            held = [p for peers in last for p in peers if states[p] is State.SILENT]
+        silent = [p for p, state in states.items() if state is State.SILENT and p != newcomer]
+        return shared_plan(self.topology, sorted({*counted, *held}), silent)
 
     def would_bridge(self, peer: PeerId) -> bool:
         """Would a bridge move if ``peer``, which does not count now, did?"""
-        states = self.roster.states
-        counted = [p for p, state in states.items() if state in COUNTED or p == peer]
-        silent = [p for p, state in states.items() if state is State.SILENT and p != peer]
-        return shared_plan(self.topology, counted, silent).bridges != self.plan.bridges
+        return self._plan_with(peer).bridges != self.plan.bridges
 
     @property
     def neighbours(self) -> tuple[PeerId, ...]:
         return self.plan.neighbours(self.me)
+
+    @property
+    def sought(self) -> tuple[PeerId, ...]:
+        """Whom to keep a link with: our neighbours; and beyond our bridge to a micro-cloud of which nobody is heard,
+        whoever was heard last, for there they may count on another bridge than we do."""
+        states, cloud_of, found = self.roster.states, self.topology.cloud_of, set(self.neighbours)
+        for peer in self.neighbours:
+            if states[peer] is State.SILENT and cloud_of(peer) != cloud_of(self.me):
+                found.update(p for p in self._held.get(cloud_of(peer), ()) if states[p] is State.SILENT)
+        return tuple(sorted(found))
 
     def onward(self, came_from: PeerId | None, origin: PeerId) -> tuple[PeerId, ...]:
         return self.plan.onward(self.me, came_from, self.topology.cloud_of(origin))

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import pytest
-from node_runs import net, run
+from node_runs import Talk, net, outages, run
 
 from dlion.exchange.base import Exchange
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
+from dlion.messages import PeerId
+from dlion.simulation import Death
+from dlion.tensors import disagreement
 
 
 @pytest.mark.parametrize("kind", [Full, Pride])
 @pytest.mark.parametrize("talk", ["mesh", "bridges"])
-def test_a_drain_does_not_wait_for_an_end_of_the_news(kind: type[Exchange], talk: str) -> None:
+def test_a_drain_does_not_wait_for_an_end_of_the_news(kind: type[Exchange], talk: Talk) -> None:
     """Round trips of 0.4 s: at every moment some news is under way."""
     settings = {"status_every_s": 0.3, "drain_s": 20.0}
-    ran = run(net("a1 a2 | b1", talk, delay_s=0.2), kind, until_s=2.0, settings=settings)  # type: ignore[arg-type]
+    ran = run(net("a1 a2 | b1", talk, delay_s=0.2), kind, until_s=2.0, settings=settings)
     for peer in ("a1", "a2", "b1"):
         assert ran.events(peer, "end")[0]["reason"] == "until" and ran.events(peer, "end")[0]["t"] < 4.5
+
+
+@pytest.mark.parametrize("suspect_after_s", [2.1, 3.0])
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+def test_a_bridge_that_dies_does_not_split_its_clouds_whatever_the_patience(talk: Talk, suspect_after_s: float) -> None:
+    """Both sides think the other one silent as a whole by the time at which a link counts as lost."""
+    settings = {"suspect_after_s": suspect_after_s, "lost_after_s": 2.0}
+    ran = run(net("a1 a2 | b1 b2", talk), Full, until_s=10.0, deaths=[Death(PeerId("a1"), 3.0)], settings=settings)
+    for peer in ("b1", "b2"):
+        assert max(e["t"] for e in ran.events(peer, "apply") if e["origin"] == "a2") > 9.5
+    assert {e["origin"] for e in ran.events("a2", "apply") if e["t"] > 9.5} == {"b1", "b2"}
+
+
+@pytest.mark.parametrize("kind", [Full, Pride])
+@pytest.mark.parametrize(("talk", "cut"), [("bridges", "a"), ("bridges", "b"), ("tree", "b")])
+def test_what_is_said_while_a_whole_micro_cloud_is_silent_is_owed_to_it(
+    kind: type[Exchange], talk: Talk, cut: str
+) -> None:
+    """For longer than anybody is waited for; both sides go on meanwhile, and each choose another bridge."""
+    peers = ["a1", "a2", "b1", "b2", "b3", "c1", "c2"]
+    up = {(p, q): outages((4.0, 12.0)) for p in peers for q in peers if p[0] == cut != q[0]}
+    ran = run(net("a1 a2 | b1 b2 b3 | c1 c2", talk, up=up), kind, until_s=17.0)
+    far = [p for p in peers if p[0] != cut]
+    lost = [e["t"] for e in ran.events(far[0], "member") if e["state"] == "silent" and e["peer"][0] == cut]
+    assert len(lost) >= 2 and disagreement(ran.result.views) < 1e-5

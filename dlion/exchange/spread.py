@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block
-from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Timer, Update
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Member, Send, Speech, Timer, Update
 from dlion.exchange.owed import Owed, Piece, exact
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat
@@ -115,8 +115,9 @@ class Spread(Exchange):
         self._living = set(ctx.members)
         self._crowded = sum(m.cloud == ctx.cloud for m in ctx.members.values()) >= CROWD_MIN
         near = {*ctx.links, *ctx.silent}
-        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
         told = near & set(ctx.routes.onward(None, ctx.cloud))
+        self._move_accounts(told, ctx)
+        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
         fresh = sorted((told & ctx.links.keys()) - self._beside) if self._last else []
         self._beside = told & (ctx.links.keys() | self._beside)
         nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
@@ -125,6 +126,17 @@ class Spread(Exchange):
             coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()) if p not in theirs)
             self._account(peer, ctx.cloud, ctx).add(nothing, coverage)
         yield from self._tell([(peer, False) for peer in fresh], ctx)
+
+    def _move_accounts(self, told: set[PeerId], ctx: Context) -> None:
+        """What a former other end of a bridge is still owed, the new one is told."""
+        seen: dict[PeerId, Member | LinkView] = {**ctx.members, **ctx.silent}
+        ends = {link.cloud: peer for peer in sorted(told) if (link := ctx.links.get(peer) or ctx.silent[peer])}
+        for account in [a for a in self.owed if a[0] in seen and a[0] not in told and self.owed[a]]:
+            cloud = seen[account[0]].cloud
+            if cloud != ctx.cloud and cloud in ends:
+                owed = self.owed.pop(account)
+                piece = owed.only or Piece(exact(owed.flat), ctx.me, ctx.layout.size)
+                self._account(ends[cloud], ctx.cloud, ctx).add(piece, owed.coverage)
 
     def drain(self, ctx: Context) -> Iterable[Action]:
         return self._tell(list(self.owed), ctx, everything=True)

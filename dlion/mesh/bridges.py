@@ -105,7 +105,8 @@ def plan(
     """The plan for the ``live`` peers (name -> compute power, any unit; the same on all peers).
 
     ``sticky``: the plan until now; its bridges stay as long as both ends live. ``silent`` peers, dead or merely cut
-    off, stay mates, who are owed what the others hear, but are no bridges. In ``bridges``, should two micro-clouds
+    off, stay mates, who are owed what the others hear, but are no bridges, unless they are among ``live``: of a
+    micro-cloud that is silent as a whole, for whoever will be heard again. In ``bridges``, should two micro-clouds
     have no link that could bridge them, updates are forwarded along a spanning tree, as in ``tree``.
     Raises ValueError for a live peer the topology does not know.
     """
@@ -124,7 +125,8 @@ def plan(
     joined = {(a, b): pairs for a, b in combinations(sorted(clouds), 2) if (pairs := _pairs(topology, clouds, a, b))}
     towards = None
     if topology.talk == "tree" or len(joined) < len(clouds) * (len(clouds) - 1) // 2:
-        edges = _spanning_tree(topology, joined)
+        heard = {cloud for cloud, alive in clouds.items() if not set(alive) <= set(silent)}
+        edges = _spanning_tree(topology, joined, heard)
         joined = {edge: joined[edge] for edge in edges}
         towards = _next_hops(edges)
     return Plan(cloud_of, mates, _choose(joined, live, sticky), towards)
@@ -192,13 +194,14 @@ def _both_ways(edge: CloudPair, pair: Pair) -> tuple[tuple[CloudPair, Pair], ...
     return (edge, pair), (edge[::-1], pair[::-1])
 
 
-def _spanning_tree(topology: Topology, joined: Mapping[CloudPair, list[Pair]]) -> list[CloudPair]:
-    """Kruskal over the micro-clouds: least delay first, then most bandwidth, then by name (a forest if need be)."""
+def _spanning_tree(topology: Topology, joined: Mapping[CloudPair, list[Pair]], heard: set[str]) -> list[CloudPair]:
+    """Kruskal over the micro-clouds, those that are ``heard`` first, so that none lies behind a silent one: least delay
+    first, then most bandwidth, then by name (a forest if need be)."""
 
-    def cost(edge: CloudPair) -> tuple[float, float, CloudPair]:
+    def cost(edge: CloudPair) -> tuple[bool, float, float, CloudPair]:
         links = [topology.links[pair] for pair in joined[edge]]
         rates = [min((topology.resources[r].rate.mean for r in k.resources), default=float("inf")) for k in links]
-        return min(k.delay_s for k in links), -max(rates), edge
+        return not heard >= set(edge), min(k.delay_s for k in links), -max(rates), edge
 
     root = {cloud: cloud for edge in joined for cloud in edge}
     tree = []
