@@ -36,26 +36,26 @@ neither by hand.
 - **Task**: Fashion-MNIST, an MLP 784-512-256-10 ({parameters:,} parameters, 2.1 MB in float32), 64 samples per step
   and peer at the start, dealt by compute power from then on; the global batch does not grow
   (`batching.growth = false`); SGD with momentum 0.9. Accuracy on 2,000 fixed test images every 5 virtual seconds, on
-  all 10,000 at the end, always of the deployable view (what a peer would save and serve).
+  all 10,000 at the end, always of the deployable view (what a peer would save and serve). Where a scenario sets another
+  task, its title says so.
 - **oracle** is the limit: `full` in lockstep with the same samples per second in all, spread evenly, links without
   limit or delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
 - **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` with seed {tune_seed} and 40 virtual
   seconds (the best mean accuracy over the second half); the least only where the next was the best of
-  three. All else: defaults.
+  three. All else: defaults. One scenario chose, not two.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
-  the horizon.
-- **Noise**: most rows are one seed (see the column). One seed is a hint, not a proof. Times closer than 15 %, or a
-  ratio that lies on both sides of 1 over the seeds, are called ties. Seeds differ in initial weights, order of data and
-  division among the peers.
-- **Not run**: what has no row below. Above all `hetero-compute` and `hetero-system-egress`; most rivals
-  outside `hetero-system`; five seeds; longer horizons (88 % is out of reach in 80 s even for the
-  oracle); mnist by writer; the TFAko setting; the settings of the strategies beside their learning rates (momentum 0.9
-  suits those that hear each other early; H of DiLoCo and its kin is their default for short jobs).
+  the horizon; who never arrives counts as "at least horizon / our time".
+- **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both sides
+  of 1 over the seeds, are called ties. Seeds differ in initial weights, order of data and division among the peers.
+- **replica**: by how many points the training replica of the first peer is better than its deployable view, in the
+  second half of the horizon; "–": they are one.
+- **Not run**: what has no row below; momentum other than 0.9 (which suits those that hear each other early); H of
+  DiLoCo and its kin other than their default for short jobs.
 
 Commands (a run that has its row is skipped):
 
     python scripts/league.py tune --data ../shared/data/training
-    python scripts/league.py run --data ../shared/data/training SCENARIO...
+    python scripts/league.py run --data ../shared/data/training [--until S] [--seeds 0,1,2] [--strategies A,B] SCENARIO...
     python scripts/league.py one --data ../shared/data/training 'SPEC'      # any one run; specs are at the end
     python scripts/league.py page
 """
