@@ -45,8 +45,8 @@ neither by hand.
   three. All else: defaults. One scenario chose, not two.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
   the horizon; who never arrives counts as "at least horizon / our time".
-- **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both sides
-  of 1 over the seeds, are called ties. Seeds differ in initial weights, order of data and division among the peers.
+- **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both
+  sides of 1 over the seeds, are ties. Seeds differ in initial weights, order of data and division among the peers.
 - **replica**: by how many points the training replica of the first peer is better than its deployable view, in the
   second half of the horizon; "–": they are one.
 - **Not run**: what has no row below; momentum other than 0.9 (which suits those that hear each other early); H of
@@ -55,7 +55,7 @@ neither by hand.
 Commands (a run that has its row is skipped):
 
     python scripts/league.py tune --data ../shared/data/training
-    python scripts/league.py run --data ../shared/data/training [--until S] [--seeds 0,1,2] [--strategies A,B] SCENARIO...
+    python scripts/league.py run --data ../shared/data/training [--until S] [--seeds 0,1] [--strategies A,B] SCENARIO...
     python scripts/league.py one --data ../shared/data/training 'SPEC'      # any one run; specs are at the end
     python scripts/league.py page
 """
