@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,8 +208,11 @@ class Company:
             if connection.connected and (news := self.membership.news(peer)):
                 audiences.setdefault(tuple(news), []).append(peer)
         for records, peers in audiences.items():
-            for text in news_texts(records):
-                self.tell(tuple(peers), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
+            self._tell_news(tuple(peers), records)
+
+    def _tell_news(self, to: tuple[PeerId, ...], records: Sequence[Record]) -> None:
+        for text in news_texts(records):
+            self.tell(to, Message("~status", fields={"news": text}, stream=Stream.CONTROL))
 
     def _pass_on_together(self) -> None:
         self._parting = None
@@ -322,7 +325,7 @@ class Company:
                 continue
             self._turn(roster.hear(record, message.hop, now))
             if record.silent and roster.hears(record.peer, now):  # let it refute that
-                self.tell((record.peer,), Message("~status", fields=message.fields, stream=Stream.CONTROL))
+                self._tell_news((record.peer,), [record])
         if self._topology.talk != "mesh":
             self._carry_soon(urgent=any(record.silent for record in records))
 

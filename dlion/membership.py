@@ -66,11 +66,11 @@ class Membership:
     @property
     def sought(self) -> tuple[PeerId, ...]:
         """Whom to keep a link with: our neighbours; and beyond our bridge to a micro-cloud of which nobody is heard,
-        whoever was heard last, for there they may count on another bridge than we do."""
-        states, cloud_of, found = self.roster.states, self.topology.cloud_of, set(self.neighbours)
-        for peer in self.neighbours:
-            if states[peer] is State.SILENT and cloud_of(peer) != cloud_of(self.me):
-                found.update(p for p in self._held.get(cloud_of(peer), ()) if states[p] is State.SILENT)
+        all of it, for there they may count on another bridge than we do."""
+        states, topology, found = self.roster.states, self.topology, set(self.neighbours)
+        for cloud in {topology.cloud_of(p) for p in self.neighbours if states[p] is State.SILENT}:
+            if cloud != topology.cloud_of(self.me):
+                found.update(p for p in topology.clouds[cloud] if states[p] is State.SILENT)
         return tuple(sorted(found))
 
     def onward(self, came_from: PeerId | None, origin: PeerId) -> tuple[PeerId, ...]:
