@@ -88,6 +88,7 @@ class Company:
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
         self._carrying: asyncio.TimerHandle | None = None
+        self._carry_at = 0.0
         self._parting: asyncio.TimerHandle | None = None
         self._seen = -1
         """Version of the roster that the lane was last told of."""
@@ -121,26 +122,31 @@ class Company:
 
     async def gather(self, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Wait for all neighbours, at most ``start_wait_s``, or until one says that the run is under way; from then on
-        newcomers need a sponsor.
+        newcomers need a sponsor. Who was there and fell silent is not waited for.
 
-        Raises Alone when there should be neighbours and none is there.
+        Raises Alone when there should be neighbours and none was ever there.
         """
-        wanted, neighbours = self.membership.neighbours, self.neighbours
-        neighbours.want(wanted)
+        membership, neighbours, states = self.membership, self.neighbours, self.membership.roster.states
+
+        def awaited() -> list[PeerId]:
+            return [p for p in membership.neighbours if not (neighbours.connected(p) or states[p] is State.SILENT)]
+
+        neighbours.want(membership.neighbours)
         missing: list[PeerId] = []
         try:
             async with asyncio.timeout(self._settings.start_wait_s):
-                while not (stopping() or self.porch.under_way or all(map(neighbours.connected, wanted))):
+                while not (stopping() or self.porch.under_way or not awaited()):
                     await change()
         except TimeoutError:
-            missing = [peer for peer in wanted if not neighbours.connected(peer)]
-            if len(missing) == len(wanted):
+            missing = awaited()
+            if len(missing) == len(membership.neighbours):
                 waited = f"within {self._settings.start_wait_s:g} s"
                 tried = ", ".join(missing) + self._last_refusal
                 raise Alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
         if self.porch.under_way:
             return
         neighbours.open_to_new = False
+        membership.lost = frozenset(p for p, state in states.items() if state is State.SILENT)
         self._turn(*self.membership.roster.presume(asyncio.get_running_loop().time(), missing))
 
     def begin(self, end: float | None) -> None:
@@ -332,12 +338,14 @@ class Company:
     def _carry_soon(self, *, urgent: bool) -> None:
         period_s = self._settings.status_every_s
         beat_s = period_s if urgent else min(self.membership.roster.beat_s, CARRIED_BEATS_MAX * period_s)
-        loop, pause_s = asyncio.get_running_loop(), CARRY_SHARE * beat_s
+        loop = asyncio.get_running_loop()
+        carry_at = loop.time() + CARRY_SHARE * beat_s
         if self._carrying is not None:
-            if self._carrying.when() <= loop.time() + pause_s:
+            if self._carry_at <= carry_at:  # a handle does not know it on every loop
                 return
             self._carrying.cancel()
-        self._carrying = loop.call_later(pause_s, self._carry)
+        self._carry_at = carry_at
+        self._carrying = loop.call_at(carry_at, self._carry)
 
     def _carry(self) -> None:
         """Pass news on. Waiting for our own turn to speak would make far peers seem silent."""

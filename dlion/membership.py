@@ -26,6 +26,9 @@ class Membership:
         """Who of each micro-cloud counted when one of it last did."""
         self.plan: Plan = self._replan()
         self._planned = self.roster.shape
+        self.lost: frozenset[PeerId] | None = None
+        """Who was there and fell silent before training began (None: it did not): who comes just in time never met
+        them, and is told even in a mesh."""
         self._shown = -1
         self._rates: tuple[int, dict[str, float]] = (-1, {})
 
@@ -86,7 +89,10 @@ class Membership:
         def carried(peer: PeerId, teller: PeerId) -> bool:
             return peer not in near and not (mate and teller != self.me and cloud_of(teller) == home)
 
-        return self.roster.news_for(neighbour, _nobody if self.topology.talk == "mesh" else carried)
+        return self.roster.news_for(neighbour, self._lost if self.topology.talk == "mesh" else carried)
+
+    def _lost(self, peer: PeerId, teller: PeerId) -> bool:
+        return self.roster.records[peer].silent if self.lost is None else peer in self.lost
 
     def show(self, ctx: Context, met: Collection[PeerId]) -> bool:
         """Bring ``ctx`` up to date; True when its links are new. Called between two batches of the exchange lane."""
@@ -140,7 +146,3 @@ class Membership:
     def samples(self) -> int:
         """Samples processed by all peers, as far as heard."""
         return self.roster.samples
-
-
-def _nobody(peer: PeerId, teller: PeerId) -> bool:
-    return False

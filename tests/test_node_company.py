@@ -9,7 +9,7 @@ from dlion.exchange.base import Exchange
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
 from dlion.messages import PeerId
-from dlion.simulation import Death
+from dlion.simulation import Birth, Death
 from dlion.tensors import disagreement
 
 
@@ -49,3 +49,14 @@ def test_what_is_said_while_a_whole_micro_cloud_is_silent_is_owed_to_it(
     far = [p for p in peers if p[0] != cut]
     lost = [e["t"] for e in ran.events(far[0], "member") if e["state"] == "silent" and e["peer"][0] == cut]
     assert len(lost) >= 2 and disagreement(ran.result.views) < 1e-5
+
+
+@pytest.mark.parametrize(("talk", "dead"), [("mesh", "b1"), ("mesh", "b2"), ("bridges", "b2")])
+def test_who_dies_during_the_start_is_not_waited_for(talk: Talk, dead: str) -> None:
+    """One more comes after that death, so that others are still joining; it never met the dead, and is told."""
+    births, deaths = [Birth(PeerId("a2"), 1.5)], [Death(PeerId(dead), 0.6)]
+    ran = run(net("a1 a2 | b1 b2", talk), Full, until_s=4.0, deaths=deaths, births=births)
+    rest = {"a1", "a2", "b1", "b2"} - {dead}
+    assert set(ran.result.views) == rest and ran.result.virtual_seconds < 10.0
+    for peer in rest:
+        assert len(ran.events(peer, "step")) > 10

@@ -181,7 +181,7 @@ class Roster:
             return None
         self._note(record, teller)
         if record.silent:
-            counted = self.states[record.peer] in LIVING
+            counted = self.states[record.peer] in COUNTED
             return self._turn(record.peer, State.SILENT, "others found it silent") if counted else None
         return self.alive(record.peer, record.incarnation, now)
 
