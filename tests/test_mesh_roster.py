@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,6 +138,20 @@ def test_whatever_is_told_the_roster_knows_no_strangers_and_never_goes_back(
 @given(st.lists(RECORDS, max_size=600))
 def test_news_travel_as_text(records: list[Record]) -> None:
     assert [r for text in news_texts(records) for r in records_of(text)] == records
+
+
+def test_numbers_of_numpy_are_numbers_and_nothing_else_is_told() -> None:
+    ours = roster()
+    ours.speak(samples_per_s=np.float64(1.5), batch=np.int64(8), loss=np.float32(0.25))
+    assert records_of(news_texts([ours.me])[0]) == [Record(A, 1, 1, samples_per_s=1.5, batch=8, loss=0.25)]
+    with pytest.raises(TypeError, match="expected a number"):
+        news_texts([Record(A, loss=object())])  # type: ignore[arg-type]
+
+
+def test_who_falls_silent_while_we_wait_for_it_is_silent() -> None:
+    ours = Roster(Record(A, 1), (A, B, C), SILENT_AFTER_S)
+    change = ours.hear(Record(B, 7, 2, silent=True), C, 1.0)
+    assert change is not None and change.state is State.SILENT and ours.states[C] is State.EXPECTED
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from node_runs import Talk, net, outages, run
 
@@ -60,3 +61,22 @@ def test_who_dies_during_the_start_is_not_waited_for(talk: Talk, dead: str) -> N
     assert set(ran.result.views) == rest and ran.result.virtual_seconds < 10.0
     for peer in rest:
         assert len(ran.events(peer, "step")) > 10
+
+
+def ticks(peers: str, seed: int) -> dict[str, list[float]]:
+    """When each peer looks at its links and speaks of itself, in the run's time."""
+    ran = run(net(peers), Full, until_s=3.0, seed=seed)
+    return {peer: sorted({e["t"] for e in ran.events(peer, "link")}) for peer in peers.split()}
+
+
+def test_peers_tick_out_of_step_by_seed_and_name() -> None:
+    """Else everybody would speak in the same instant. Time begins for all within some ms of each other."""
+    many = ticks("a1 a2 a3 b1 b2 b3", 0)
+    for times in many.values():
+        assert len(times) >= 3 and np.diff(times) == pytest.approx(1.0)
+    phases = {peer: times[0] % 1.0 for peer, times in many.items()}
+    assert min(np.diff(sorted(phases.values()))) > 0.01 and np.ptp(list(phases.values())) > 0.5
+    few, other = ticks("a1 b3", 0), ticks("a1 b3", 1)
+    for peer in ("a1", "b3"):
+        assert few[peer][0] % 1.0 == pytest.approx(phases[peer], abs=0.03), "a peer's own, whoever else is there"
+        assert abs(other[peer][0] % 1.0 - phases[peer]) > 0.04

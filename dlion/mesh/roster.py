@@ -20,6 +20,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
 
 from dlion.messages import PeerId
@@ -68,7 +69,16 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 STATUS_FIELDS: Mapping[str, type] = {"news": str}
 """Of the message that carries records: a JSON array of them, each an array of its fields."""
-_encode = msgspec.json.Encoder().encode
+
+
+def _plain(value: object) -> object:
+    """A workload's loss or a batcher's batch may be one of numpy's numbers."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"news of a peer: found {value!r}, expected a number")
+
+
+_encode = msgspec.json.Encoder(enc_hook=_plain).encode
 _decode = msgspec.json.Decoder(list[Record]).decode
 
 
