@@ -143,10 +143,11 @@ class Company:
                 waited = f"within {self._settings.start_wait_s:g} s"
                 tried = ", ".join(missing) + self._last_refusal
                 raise Alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
+        silent = frozenset(p for p, state in states.items() if state is State.SILENT)
+        membership.lost = frozenset() if self.porch.under_way else silent  # who comes late tells nobody who is there
         if self.porch.under_way:
             return
         neighbours.open_to_new = False
-        membership.lost = frozenset(p for p, state in states.items() if state is State.SILENT)
         self._turn(*self.membership.roster.presume(asyncio.get_running_loop().time(), missing))
 
     def begin(self, end: float | None) -> None:
