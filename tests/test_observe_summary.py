@@ -133,6 +133,16 @@ def test_peers_that_evaluate_at_other_times_meet_on_one_grid() -> None:
     assert np.allclose(mean[inside], times[inside] / 10)
 
 
+def test_who_died_or_came_late_counts_only_while_it_was_there() -> None:
+    """Else a peer killed early would hold the curve down to the end, and a late one would lift its beginning."""
+    whole = [evaluation(float(t), 0.8) for t in range(10)]
+    died, late = ([evaluation(float(t), 0.2) for t in when] for when in (range(3), range(8, 10)))
+    times, mean = mean_accuracy(run_of(a=whole, b=died, c=late))
+    assert times.size == 10
+    np.testing.assert_allclose(mean[[0, 9]], [0.5, 0.5])
+    np.testing.assert_allclose(mean[5], 0.8)
+
+
 def test_smoothing_takes_one_outlier_down_to_a_third() -> None:
     flat = [evaluation(float(t), 0.9 if t == 5 else 0.0) for t in range(10)]
     _, mean = mean_accuracy(run_of(a=flat))

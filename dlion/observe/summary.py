@@ -135,12 +135,16 @@ def together(curves: list[Curve]) -> tuple[npt.NDArray[np.float64], npt.NDArray[
 
 
 def mean_accuracy(run: Run) -> Curve:
-    """Mean over peers of the deployable view's accuracy: ``together``, then each point averaged with its two
-    neighbours (the ends are left as they are)."""
-    times, values = together([evaluations(log, "accuracy") for log in run.peers.values()])
+    """Mean of the deployable view's accuracy over the peers that are there (who died or came late is not, before or
+    after): ``together``, then each point averaged with its two neighbours (the ends are left as they are)."""
+    curves = [curve for log in run.peers.values() if (curve := evaluations(log, "accuracy"))[0].size]
+    times, values = together(curves)
     if not times.size:
         return times, times
-    mean = values.mean(axis=0)
+    near_s = 1.5 * (times[1] - times[0]) if times.size > 1 else 0.0
+    there = np.array([(times >= t[0] - near_s) & (times <= t[-1] + near_s) for t, _ in curves])
+    there |= ~there.any(axis=0)
+    mean = np.average(values, axis=0, weights=there)
     smooth = mean.copy()
     if mean.size >= 3:
         smooth[1:-1] = (mean[:-2] + mean[1:-1] + mean[2:]) / 3.0
