@@ -237,7 +237,7 @@ def write(
     out: Path,
 ) -> None:
     """``chosen``: each strategy's learning rate, unless one is ``fixed`` for the scenario. ``out``: the folder of the
-    results; the page lies beside it."""
+    results and of what is told by hand (``headline.md``); the page lies beside it."""
     broken = [row for row in rows if row["failed"]]
     rows = [row for row in rows if not row["failed"]]
     games: dict[tuple[str, str, float], Rows] = {}
@@ -247,6 +247,7 @@ def write(
             games.setdefault((spec["scenario"], spec["partition"], spec["until_s"]), []).append(row)
     rates = ", ".join(f"{r:g}" for r in sorted({row["spec"]["rate"] for row in rows}))
     text = [INTRO.format(parameters=rows[0]["parameters"], rates=rates, tune_seed=tune_seed)]
+    text.append((out / "headline.md").read_text(encoding="utf-8"))
     for (scenario, partition, until_s), played in games.items():
         groups = by_strategy(played)
         picture = f"{scenario}-{partition}-{until_s:g}.png"
