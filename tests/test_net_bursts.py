@@ -83,8 +83,8 @@ async def estimates(
     pause_s=st.floats(0.02, 1.0),
     both=st.booleans(),
 )
-@example(mbps=55.0, rtt_s=0.109375, burst_s=0.109375, pause_s=0.5, both=False)  # a small chunk spans the silence
-@example(mbps=88.0, rtt_s=0.1136, burst_s=0.1136, pause_s=0.4358, both=False)  # a probe holds the tail back
+@example(mbps=55.0, rtt_s=0.109375, burst_s=0.109375, pause_s=0.5, both=False)  # silent just as the window fills
+@example(mbps=92.29, rtt_s=0.10642537352122511, burst_s=0.10642537352122511, pause_s=0.5, both=False)
 def test_bursts_of_a_few_chunks_find_the_rate(
     mbps: float, rtt_s: float, burst_s: float, pause_s: float, both: bool
 ) -> None:

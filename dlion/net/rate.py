@@ -97,7 +97,7 @@ class RateEstimator:
         """Smoothed round-trip time; 0.0 before the first sample."""
         self._first_sent_at = self._acked_at = now
         self._delivered_at: float | None = None
-        self._limited_until = self._first_end = self._probe_end = 0
+        self._limited_until = self._first_end = 0
         self._starving = self._paused = True
         self.pace_at = now
         """Only then may another chunk leave, if it can wait."""
@@ -135,12 +135,9 @@ class RateEstimator:
         if self.rate and not early:
             at_once_s = max(PACE_S, PACE_BYTES / (PACE_GAIN * self.rate))
             self.pace_at = max(self.pace_at, now - at_once_s) + nbytes / (PACE_GAIN * self.rate)
+        silent = self._first_end <= self._limited_until  # what such a chunk shows would count our own silence
+        limited = early or silent or self._delivered_at is None or self._probe_until > 0.0
         end = place + nbytes
-        if self._probe_until:
-            self._probe_end = end
-        # Before that we were silent, or held back by a probe's narrow window, and a sample would count it.
-        held_back = self._first_end <= max(self._limited_until, self._probe_end)
-        limited = early or held_back or self._delivered_at is None
         return Flight(now, self._first_sent_at, done, self._delivered_at, limited, self._burst, self._place, end)
 
     def starved(self, in_flight_bytes: int) -> None:
