@@ -170,8 +170,8 @@ def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
     return Row(
         spec=asdict(spec),
         times=[round(float(t), 3) for t in times],
-        mean=[round(float(a), 5) for a in values.mean(axis=0)],
-        worst=[round(float(a), 5) for a in values.min(axis=0)],
+        mean=[round(float(a), 5) for a in np.nanmean(values, axis=0)],
+        worst=[round(float(a), 5) for a in np.nanmin(values, axis=0)],
         wan_bytes=[float(total[i]) for i in np.searchsorted(sent_at[order], times, side="right")],
         full_mean=float(np.mean(full)),
         full_worst=float(min(full)),

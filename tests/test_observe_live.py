@@ -60,6 +60,9 @@ def test_a_dead_peer_is_missed_and_nothing_at_all_can_be_shown() -> None:
     alone["members"] = {"live": 1, "total": 2}
     assert "peers: 1/2" in progress_line([alone])
     assert progress_line([]).startswith("step: 0  loss: -  ")
+    ended: PeerStatus = {**status(step=200), "state": "stopped"}
+    killed: PeerStatus = {**status("b1", 30), "state": "stopped"}
+    assert progress_line([ended, killed]).startswith("step: 200  ")
 
 
 def test_a_pipe_gets_one_plain_line_per_interval_and_a_terminal_a_table() -> None:

@@ -13,6 +13,7 @@ from observe_runs import SIX, peer_events
 
 from dlion.observe import runlog
 from dlion.observe.read import PeerLog, Run
+from dlion.observe.report.series import accuracy_band
 from dlion.observe.summary import mean_accuracy, summarise, time_to
 
 
@@ -141,6 +142,7 @@ def test_who_died_or_came_late_counts_only_while_it_was_there() -> None:
     assert times.size == 10
     np.testing.assert_allclose(mean[[0, 9]], [0.5, 0.5])
     np.testing.assert_allclose(mean[5], 0.8)
+    np.testing.assert_allclose(accuracy_band(run_of(a=whole, b=died, c=late)).worst[[0, 5, 9]], [0.2, 0.8, 0.2])
 
 
 def test_smoothing_takes_one_outlier_down_to_a_third() -> None:

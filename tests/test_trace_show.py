@@ -58,6 +58,10 @@ def test_formats_that_tell_themselves_and_one_that_does_not(tmp_path: Path) -> N
         shown(str(tmp_path / "table"))
     assert "t, down with --column" in str(refused.value.advice)
     (tmp_path / "speeds.json").write_text('{"v100": {"(A, 1)": 3.5}}')
+    prose = tmp_path / "readme"
+    prose.write_text("Sites are far, and few\nor near\n")
+    with pytest.raises(Fault, match="does not say what its numbers are"):
+        shown(str(prose))
     with pytest.raises(Fault, match="JSON is no trace"):
         shown(str(tmp_path / "speeds.json"))
     (tmp_path / "delays").write_text("t,one_way\n0,20\n1,30\n")

@@ -112,7 +112,8 @@ def _told_by(file: str) -> str:
         return "count"
     if first[0][:1] in ("{", "["):
         raise Fault(USAGE, "JSON is no trace over time", file, advice="a file of lines: see docs/traces.md")
-    if len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
+    as_many = {len(fields) for _, fields in lines} == {len(first)}
+    if as_many and len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
         return "csv"
     raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
 

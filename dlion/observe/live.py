@@ -52,13 +52,14 @@ class LiveView:
 
 
 def progress_line(statuses: Sequence[PeerStatus]) -> str:
-    """The run in one line. ``step`` is the slowest peer's, ``loss`` and ``stall`` are means, ``sent`` is the total."""
+    """The run in one line. ``step`` is the slowest peer's of those that run, at the end the furthest; ``loss`` and
+    ``stall`` are means, ``sent`` is the total."""
     active = [s for s in statuses if s["state"] != "stopped"]
     total = max([len(statuses), *(s["members"]["total"] for s in statuses)])
     losses = [s["loss"] for s in statuses if s["loss"] is not None]
     accuracies = [s["accuracy"] for s in statuses if s["accuracy"] is not None]
     facts = {
-        "step": str(min((s["step"] for s in active or statuses), default=0)),
+        "step": str(min(s["step"] for s in active) if active else max((s["step"] for s in statuses), default=0)),
         "loss": f"{sum(losses) / len(losses):.4f}" if losses else "-",
         "samples/s": f"{sum(s['samples_per_s'] for s in active):.0f}",
         "sent": size(sum(link["sent_bytes"] for s in statuses for link in s["links"].values())),

@@ -120,31 +120,31 @@ def evaluations(log: PeerLog, measure: str, which: str = "view") -> Curve:
 def together(curves: list[Curve]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Curves of many peers on one even grid of times: (times, values of shape (peers, times)).
 
-    The grid's spacing is the median distance of a peer's own points. Between its points a peer is interpolated,
-    before its first and after its last it is held. Peers without a point are left out.
+    The grid's spacing is the median distance of a peer's own points. Between its points a peer is interpolated, and
+    held for a spacing and a half around them; further away (it came late, or died) it is NaN, unless all are. Peers
+    without a point are left out.
     """
     held = [curve for curve in curves if curve[0].size]
     if not held:
         return np.empty(0), np.empty((0, 0))
     gaps = np.concatenate([np.diff(t) for t, _ in held])
     gaps = gaps[gaps > 0]
+    spacing_s = float(np.median(gaps)) if gaps.size else np.inf
     first, last = min(t[0] for t, _ in held), max(t[-1] for t, _ in held)
-    count = 1 + (round((last - first) / float(np.median(gaps))) if gaps.size else 0)
-    grid = np.linspace(first, last, count)
-    return grid, np.array([np.interp(grid, t, values) for t, values in held])
+    grid = np.linspace(first, last, 1 + round((last - first) / spacing_s))
+    near_s = 1.5 * spacing_s
+    there = np.array([(grid >= t[0] - near_s) & (grid <= t[-1] + near_s) for t, _ in held])
+    values = np.array([np.interp(grid, t, values) for t, values in held])
+    return grid, np.where(there | ~there.any(axis=0), values, np.nan)
 
 
 def mean_accuracy(run: Run) -> Curve:
-    """Mean of the deployable view's accuracy over the peers that are there (who died or came late is not, before or
-    after): ``together``, then each point averaged with its two neighbours (the ends are left as they are)."""
-    curves = [curve for log in run.peers.values() if (curve := evaluations(log, "accuracy"))[0].size]
-    times, values = together(curves)
+    """Mean of the deployable view's accuracy over the peers that are there: ``together``, then each point averaged
+    with its two neighbours (the ends are left as they are)."""
+    times, values = together([evaluations(log, "accuracy") for log in run.peers.values()])
     if not times.size:
         return times, times
-    near_s = 1.5 * (times[1] - times[0]) if times.size > 1 else 0.0
-    there = np.array([(times >= t[0] - near_s) & (times <= t[-1] + near_s) for t, _ in curves])
-    there |= ~there.any(axis=0)
-    mean = np.average(values, axis=0, weights=there)
+    mean = np.nanmean(values, axis=0)
     smooth = mean.copy()
     if mean.size >= 3:
         smooth[1:-1] = (mean[:-2] + mean[1:-1] + mean[2:]) / 3.0

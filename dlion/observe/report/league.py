@@ -54,8 +54,8 @@ def curves(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> Figure:
         times, values = together([(t, y) for t, y in held])
         if not times.size:
             continue
-        middle = np.median(values, axis=0)
-        axes.fill_between(times, values.min(axis=0), values.max(axis=0), color=style.hue(i), alpha=0.16, linewidth=0)
+        middle, least, most = (f(values, axis=0) for f in (np.nanmedian, np.nanmin, np.nanmax))
+        axes.fill_between(times, least, most, color=style.hue(i), alpha=0.16, linewidth=0)
         axes.plot(times, middle, color=style.hue(i))
         ends.append((float(middle[-1]), f"{row.exchange} {100 * middle[-1]:.1f} %", style.hue(i)))
     axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")

@@ -48,14 +48,18 @@ class LinkSeries:
 
 def accuracy_band(run: Run) -> Band:
     times, values = together([evaluations(log, "accuracy") for log in run.peers.values()])
-    return Band(times, values.mean(axis=0), values.min(axis=0)) if times.size else Band(times, times, times)
+    return (
+        Band(times, np.nanmean(values, axis=0), np.nanmin(values, axis=0)) if times.size else Band(times, times, times)
+    )
 
 
 def loss_band(run: Run) -> Band:
     """Training loss per peer, averaged over about 1 % of the run, so that batches' noise does not hide the course."""
     curves = [thinned(log[Step]["t"], log[Step]["loss"], POINTS_MAX // 4) for log in run.peers.values()]
     times, values = together([(t, y) for t, y in curves if t.size])
-    return Band(times, values.mean(axis=0), values.max(axis=0)) if times.size else Band(times, times, times)
+    return (
+        Band(times, np.nanmean(values, axis=0), np.nanmax(values, axis=0)) if times.size else Band(times, times, times)
+    )
 
 
 def thinned(t: Column, y: Column, points: int = POINTS_MAX) -> Curve:
