@@ -159,7 +159,7 @@ class Replica:
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
-        if self.newcomers.deaf(message, item.stream):
+        if self.newcomers.deaf(message):
             return
         if message.kind.startswith("~"):
             self._hear_node(message, item, outcome)

@@ -81,7 +81,7 @@ class Neighbours:
         """False once training runs: a peer that was not there at the start must be introduced by its sponsor."""
         self.admitted: dict[PeerId, int] = {}
         """Present lives of those who came into the run, as their sponsors said."""
-        self.sponsors: Callable[[PeerId, int], str] = lambda peer, incarnation: "it takes nobody"
+        self.sponsors: Callable[[PeerId], str] = lambda peer: "it takes nobody"
         """Why we do not take this newcomer (empty: we do)."""
         self.guests: set[PeerId] = set()
         """Who asked us to show it in, and is not in yet."""
@@ -230,7 +230,7 @@ class Neighbours:
             return ""
         if JOINING in hello.capabilities:
             shown = self.admitted.get(peer) == incarnation
-            return f"{peer} is shown in by somebody else already" if shown else self.sponsors(peer, incarnation)
+            return f"{peer} is shown in by somebody else already" if shown else self.sponsors(peer)
         return f"{me} {UNDER_WAY}, and nobody has shown {peer} in yet"
 
     async def _welcome(self, link: Link) -> None:

@@ -166,9 +166,10 @@ class Newcomers:
         fields = {name: value for name, value in message.fields.items() if name != VIA}
         return replace(message, fields=fields, hop=PeerId(via))
 
-    def deaf(self, message: Message, stream: int) -> bool:
+    def deaf(self, message: Message) -> bool:
         """Was it said to a former life of ours?"""
-        return self.entry is not None and not self.entry.welcome and stream == Stream.UPDATE and message.kind != WELCOME
+        early = self.entry is not None and not self.entry.welcome
+        return early and message.stream == Stream.UPDATE and message.kind != WELCOME
 
     def pass_on(self, message: Message) -> Iterator[Action]:
         """What was said to us before its sender spoke to our guests itself."""

@@ -1,7 +1,8 @@
 """Coming into a run under way, on the loop: whom we ask to show us in, whom we show in, who is introduced to us.
 
-Law: knows sessions and the roster, no weights. What is copied, owed and passed on is the lane's (``newcomers``); here
-is who may be talked to meanwhile, and from when on somebody counts: a newcomer, when it begins and is heard.
+Law: knows sessions and the roster; weights it hands to the lane unread. What is copied, owed and passed on is the
+lane's (``newcomers``); here is who may be talked to meanwhile, and from when on somebody counts: a newcomer, when it
+begins and is heard.
 """
 
 from __future__ import annotations
@@ -229,7 +230,7 @@ class Porch:
 
     # -- others' way in ------------------------------------------------------------------------------------------
 
-    def _objection(self, peer: PeerId, incarnation: int) -> str:
+    def _objection(self, peer: PeerId) -> str:
         """Why we do not show ``peer`` in."""
         me = self._roster.me.peer
         if not self._membership.near(peer):

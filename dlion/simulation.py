@@ -19,7 +19,7 @@ from dlion.messages import PeerId
 from dlion.net.link import Link, LinkError
 from dlion.net.pipe import pipe
 from dlion.net.shaped import Bottleneck, Route
-from dlion.node import Node, Seams
+from dlion.node import Node
 from dlion.porch import NotShownIn
 from dlion.tensors import Flat
 
@@ -117,7 +117,7 @@ def _delay(route: Route, now: float) -> float:
     return route.delay_s if isinstance(route.delay_s, float | int) else route.delay_s.at(now)
 
 
-MakeNode = Callable[[PeerId, Seams | None, MemoryDialer, ModelledCompute], Node]
+MakeNode = Callable[[PeerId, MemoryDialer, ModelledCompute], Node]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Stuck(clock.Deadlock):
 
 def simulate(
     topology: Topology,
-    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+    make: MakeNode,
     deaths: tuple[Death, ...] = (),
     on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None = None,
     *,
@@ -177,7 +177,7 @@ class _Stage:
     def __init__(
         self,
         topology: Topology,
-        make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+        make: MakeNode,
         group: asyncio.TaskGroup,
     ) -> None:
         self.network = MemoryNetwork(topology)
@@ -230,7 +230,7 @@ class _Stage:
 
 async def _run(
     topology: Topology,
-    make: Callable[[PeerId, MemoryDialer, ModelledCompute], Node],
+    make: MakeNode,
     deaths: tuple[Death, ...],
     births: tuple[Birth, ...],
     on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None,

@@ -1,8 +1,11 @@
-"""What all tests share: one BLAS thread, and property tests that do not fail because a machine is busy."""
+"""What all tests share: one BLAS thread, one of torch on demand, property tests that bear with a busy machine."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
@@ -13,3 +16,13 @@ settings.register_profile(
     "dlion", deadline=None, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("dlion")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch adds up in one thread: always in the same order."""
+    torch = pytest.importorskip("torch", reason="needs the torch extra")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from dlion.learn.workload import Indices  # noqa: E402
 from dlion.learn.workloads.torch_module import TorchData, TorchWorkload  # noqa: E402
 from dlion.tensors import Flat  # noqa: E402
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 FEATURES, HIDDEN, CLASSES, SAMPLES = 6, 5, 4, 60
 
 
@@ -37,14 +37,6 @@ class Watched(TorchWorkload):
     def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
         self.seen.append(weights.tobytes())
         return super().gradient(weights, batch, out)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def watched() -> tuple[dict[str, Watched], Callable[[str], Watched]]:

@@ -38,6 +38,7 @@ NODE = (
     "identity",
     "items",
     "journal",
+    "keeper",
     "lane",
     "membership",
     "neighbours",

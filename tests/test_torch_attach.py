@@ -52,12 +52,10 @@ JOIN_S = 5.0
 
 
 @pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
+def clean(one_thread: None) -> Iterator[None]:
     """One thread for sums; and no thread of ours is left behind."""
-    before, others = torch.get_num_threads(), set(threading.enumerate())
-    torch.set_num_threads(1)
+    others = set(threading.enumerate())
     yield
-    torch.set_num_threads(before)
     for thread in set(threading.enumerate()) - others:
         thread.join(JOIN_S)
         assert not thread.is_alive(), thread

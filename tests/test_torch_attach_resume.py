@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,16 +16,8 @@ from torch_attach_kit import BATCH, CLASSES, FEATURES, Meeting, batches, loop, s
 from dlion.config import PeerSetup  # noqa: E402
 from dlion.torch import Options, attach  # noqa: E402
 
-pytestmark = [pytest.mark.torch, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(60), pytest.mark.usefixtures("one_thread")]
 FIRST, ALL = 12, 20
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def normed() -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,16 +26,8 @@ from dlion.learn.workloads.torch_module import TorchData, TorchWorkload  # noqa:
 from dlion.learn.workloads.torch_precision import LossScale  # noqa: E402
 from dlion.tensors import Flat  # noqa: E402
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 FEATURES, CLASSES, SAMPLES = 6, 4, 48
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def classes(seed: int = 0) -> TensorDataset:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from dlion.observe.runlog import Memory, RunLog  # noqa: E402
 from dlion.simulation import Result, simulate  # noqa: E402
 from dlion.tensors import Flat, Layout, Tensors  # noqa: E402
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("one_thread")]
 FEATURES, HIDDEN, CLASSES, SAMPLES = 6, 5, 4, 60
 
 
@@ -80,14 +79,6 @@ def run(kind: Any, directory: Path) -> Result:
         return node_of(plan, peer, Seams(dialer, compute, 0, RunLog(Memory())), workload=workload)
 
     return simulate(plan.topology, make)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_torch_and_numpy_make_the_same_run(tmp_path: Path) -> None:

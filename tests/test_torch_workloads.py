@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import builtins
 import gzip
+import importlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,8 @@ JOBS = ["fashion-cnn", "shakespeare-gpt"]
 
 
 @pytest.fixture
-def torch() -> Iterator[Any]:
-    module = pytest.importorskip("torch", reason="needs the torch extra")
-    before = module.get_num_threads()
-    module.set_num_threads(1)
-    yield module
-    module.set_num_threads(before)
+def torch(one_thread: None) -> Any:
+    return importlib.import_module("torch")
 
 
 def idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
