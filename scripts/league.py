@@ -39,7 +39,7 @@ from dlion.observe.summary import evaluations, together
 RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
 RATES = (0.02, 0.05, 0.1)
 """Learning rates to choose from; half the least is tried too where the least is the best."""
-TUNE_SCENARIO, TUNE_SEED, TUNE_S = "hetero-system", 100, 40.0
+TUNE_SCENARIOS, TUNE_SEED, TUNE_S = ("hetero-system", "homogeneous"), 100, 40.0
 
 ORACLE = "oracle"
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -231,13 +231,18 @@ def run_all(specs: Iterable[Spec], data: Path, jobs: int, limit_s: float) -> Non
 
 
 def tuned() -> dict[str, float]:
-    """Each strategy's learning rate: the best mean accuracy over the second half of its tuning runs."""
-    best: dict[str, tuple[float, float]] = {}
+    """Each strategy's learning rate: the best mean accuracy over the second half of its tuning runs, of those rates
+    that were tried in every tuning scenario."""
+    late: dict[tuple[str, float], dict[str, float]] = {}
     for row in rows():
         spec = row["spec"]
-        if spec["seed"] == TUNE_SEED and not row["failed"]:
-            late = row["mean"][len(row["mean"]) // 2 :]
-            best[spec["strategy"]] = max(best.get(spec["strategy"], (0.0, 0.0)), (sum(late) / len(late), spec["rate"]))
+        if spec["seed"] == TUNE_SEED:
+            second = [0.0] if row["failed"] else row["mean"][len(row["mean"]) // 2 :]
+            late.setdefault((spec["strategy"], spec["rate"]), {})[spec["scenario"]] = sum(second) / len(second)
+    best: dict[str, tuple[float, float]] = {}
+    for (strategy, rate), by_scenario in late.items():
+        if by_scenario.keys() >= set(TUNE_SCENARIOS):
+            best[strategy] = max(best.get(strategy, (0.0, 0.0)), (sum(by_scenario.values()), rate))
     return {strategy: rate for strategy, (_, rate) in best.items()}
 
 
@@ -259,12 +264,15 @@ def league() -> None:
 @limit_option
 @strategies_option
 def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
-    """Try every learning rate on one scenario, on a seed that counts for nothing else."""
+    """Try every learning rate on two scenarios, on a seed that counts for nothing else."""
+
+    def specs(names: Iterable[str], rate: float) -> list[Spec]:
+        return [Spec(s, scenario, TUNE_SEED, rate, TUNE_S) for s in names for scenario in TUNE_SCENARIOS]
+
     names = strategies.split(",")
-    run_all([Spec(s, TUNE_SCENARIO, TUNE_SEED, rate, TUNE_S) for s in names for rate in RATES], data, jobs, limit_s)
+    run_all([spec for rate in RATES for spec in specs(names, rate)], data, jobs, limit_s)
     best, least = tuned(), min(RATES)
-    lower = [s for s in names if best[s] == least]
-    run_all([Spec(s, TUNE_SCENARIO, TUNE_SEED, least / 2, TUNE_S) for s in lower], data, jobs, limit_s)
+    run_all(specs([s for s in names if best[s] == least], least / 2), data, jobs, limit_s)
 
 
 @league.command()
