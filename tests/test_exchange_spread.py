@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dlion.blocks import Encoding, compress
+from dlion.exchange.base import Send
 from dlion.exchange.dlion import Budget, DLion
 from dlion.exchange.full import Full
 from dlion.exchange.owed import SPANS_MAX, Owed, Piece
@@ -188,6 +189,22 @@ def test_a_moved_bridge_tells_how_far_its_side_is_so_that_nobody_waits_for_the_d
         bench.step(peer, learn)
     bench.kill("a0")
     bench.run(8, learn)
+
+
+def test_who_leaves_is_told_all_that_it_is_owed_however_little_room_there_is() -> None:
+    """b0 is owed, on two accounts, what b1 does and what c0 does; the first word takes all the room there is."""
+    bench = Bench(Full, {"a0": "A", "b0": "B", "b1": "B", "c0": "C"}, talk="bridges", pace="free")
+    bench.windows["b1", "b0"] = 0
+    bench.step("b1", learn)
+    bench.step("c0", learn)
+    assert bench.deliver("c0", "b1")
+    seat, told = bench.seats[PeerId("b1")], []
+    link = seat.ctx.links[PeerId("b0")]
+    for action in seat.exchange.on_leave(link, seat.ctx):
+        assert isinstance(action, Send) and action.to == ("b0",)
+        told += action.message.coverage
+        link.writable_bytes = 0
+    assert sorted(told) == [("b1", 0, 0), ("c0", 0, 0)]
 
 
 def test_unusable_settings_are_refused_with_what_was_expected() -> None:

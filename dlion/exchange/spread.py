@@ -43,6 +43,8 @@ class Spread(Exchange):
     """What was not said stays owed (error feedback per link); False: it is dropped."""
     sums = True
     """Bridges may sum what they pass on."""
+    newcomers = True
+    handed_on: ClassVar[tuple[str, ...]] = ("update",)
 
     def __init__(self) -> None:
         self.owed: dict[Account, Owed] = {}
@@ -103,9 +105,10 @@ class Spread(Exchange):
         return self._tell([a for a in self.owed if a[0] in self._due], ctx)
 
     def on_leave(self, link: LinkView, ctx: Context) -> Iterable[Action]:
-        link.writable_bytes = max(link.writable_bytes, 1)
         self._calm_at = ctx.now + CALM_S
-        return self._tell([a for a in self.owed if a[0] == link.peer], ctx, everything=True)
+        for account in [a for a in self.owed if a[0] == link.peer]:
+            link.writable_bytes = max(link.writable_bytes, 1)  # what was said on the other account took the room
+            yield from self._tell([account], ctx, everything=True)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         """Drop the accounts of who is gone. A new neighbour (a bridge that moved, or whose other end is heard again)
