@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlion.clock import run
@@ -83,12 +83,12 @@ async def estimates(
     pause_s=st.floats(0.02, 1.0),
     both=st.booleans(),
 )
+@example(mbps=55.0, rtt_s=0.109375, burst_s=0.109375, pause_s=0.5, both=False)  # a small chunk spans the silence
+@example(mbps=88.0, rtt_s=0.1136, burst_s=0.1136, pause_s=0.4358, both=False)  # a probe holds the tail back
 def test_bursts_of_a_few_chunks_find_the_rate(
     mbps: float, rtt_s: float, burst_s: float, pause_s: float, both: bool
 ) -> None:
-    """Within 15 % after twelve bursts (and six seconds), be the other direction busy or not; at no time above. Bursts
-    about as long as the round trip are left out: 3 % of those read low, mostly 0.77 to 0.85 (docs/log.md)."""
-    assume(not 0.6 < burst_s / rtt_s < 1.6)
+    """Within 15 % after twelve bursts (and six seconds), be the other direction busy or not; at no time above."""
     nbytes, every_s = int(mbps * 125_000 * burst_s), burst_s + pause_s
     seen = run(estimates(Rate.constant(mbps * 1e6), rtt_s, nbytes, every_s, 6 + 12 * every_s, both=both))
     assert seen[-1][1] / 1e6 == pytest.approx(mbps, rel=0.15)

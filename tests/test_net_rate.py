@@ -57,6 +57,29 @@ def test_samples_of_a_starved_sender_raise_the_estimate_but_never_lower_it() -> 
         assert estimate.rate >= before
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_silence_counts_in_no_sample_though_a_small_chunk_was_under_way(full: bool) -> None:
+    """Its acknowledgement waits for the next burst: what leaves after that was not sent for as long as it seems."""
+    estimate = RateEstimator(0.1, 0.0)
+    now = 3.0
+    busy(estimate, 0.0, now, 1e6, 0.04)
+    for _ in range(4):  # longer than the estimate remembers
+        small = estimate.sent(now, 0, 100)
+        if full:  # the window just had room for it
+            estimate.filled(False)
+        else:
+            estimate.starved(100)
+        now += 0.5
+        first = estimate.sent(now, 100, 10_000)
+        estimate.filled(True)
+        acked(estimate, now + 0.03, 100, small, one_way_s=0.02)
+        last = estimate.sent(now + 0.03, 10_000, 10_000)
+        acked(estimate, now + 0.04, 10_000, first, one_way_s=0.02)
+        acked(estimate, now + 0.07, 10_000, last, one_way_s=0.02)
+        now += 0.5
+    assert estimate.rate == pytest.approx(1e6, rel=0.05)
+
+
 def test_the_peers_holding_time_counts_neither_as_distance_nor_against_the_rate() -> None:
     held, prompt = RateEstimator(0.1, 0.0), RateEstimator(0.1, 0.0)
     for estimate, held_s in ((held, 0.02), (prompt, 0.0)):

@@ -97,7 +97,7 @@ class RateEstimator:
         """Smoothed round-trip time; 0.0 before the first sample."""
         self._first_sent_at = self._acked_at = now
         self._delivered_at: float | None = None
-        self._limited_until = 0
+        self._limited_until = self._first_end = self._probe_end = 0
         self._starving = self._paused = True
         self.pace_at = now
         """Only then may another chunk leave, if it can wait."""
@@ -119,12 +119,14 @@ class RateEstimator:
     def sent(self, now: float, in_flight_bytes: int, nbytes: int) -> Flight:
         """A chunk of ``nbytes`` leaves while ``in_flight_bytes`` are unacknowledged before it."""
         place = self._delivered_bytes + in_flight_bytes
+        if self._paused and in_flight_bytes < self.rate * self.distance_s:  # the link may have run dry meanwhile
+            self._limited_until = max(self._limited_until, place)
         if self._paused or not in_flight_bytes or now > self._sent_at:
             self._sent_at, self._place = now, place
             self._burst += self._paused or not in_flight_bytes
             self._paused = False
         if not in_flight_bytes:
-            self._first_sent_at, self._delivered_at = now, None
+            self._first_sent_at, self._first_end, self._delivered_at = now, 0, None
             if now - self._acked_at > LEAST_MEMORY_S:
                 self._least_s, self._probe_until = None, 0.0
             if self._starving:  # a new burst: what leaves before its first acknowledgement cannot fill the link
@@ -133,8 +135,12 @@ class RateEstimator:
         if self.rate and not early:
             at_once_s = max(PACE_S, PACE_BYTES / (PACE_GAIN * self.rate))
             self.pace_at = max(self.pace_at, now - at_once_s) + nbytes / (PACE_GAIN * self.rate)
-        limited = early or self._delivered_at is None or self._probe_until > 0.0
         end = place + nbytes
+        if self._probe_until:
+            self._probe_end = end
+        # Before that we were silent, or held back by a probe's narrow window, and a sample would count it.
+        held_back = self._first_end <= max(self._limited_until, self._probe_end)
+        limited = early or held_back or self._delivered_at is None
         return Flight(now, self._first_sent_at, done, self._delivered_at, limited, self._burst, self._place, end)
 
     def starved(self, in_flight_bytes: int) -> None:
@@ -177,7 +183,7 @@ class RateEstimator:
             interval_s = now - held_s - flight.first_sent_at
         else:
             interval_s = max(arrived_at - flight.delivered_at, flight.sent_at - flight.first_sent_at)
-        self._first_sent_at = flight.sent_at
+        self._first_sent_at, self._first_end = flight.sent_at, flight.end
         delivered_bytes = self._delivered_bytes - flight.delivered_bytes
         self._rate_sample(now, delivered_bytes / max(interval_s, INTERVAL_S_MIN), flight.limited)
         self._train_sample(now, arrived_at, flight)
