@@ -3,22 +3,21 @@ happens when; nobody waits for the one who comes; and who may not come, or is le
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from node_runs import BATCH, Ran, Softmax, Talk, net, run
+from newcomer_runs import Scene, check, played
+from node_runs import Softmax, Talk, net, run
 
 from dlion.blocks import Block, dense
 from dlion.cli.build import Plan
 from dlion.cli.simulate import Played, play
 from dlion.config import load_job, load_topology
-from dlion.exchange.base import Action, Context, Update
-from dlion.exchange.diloco import DiLoCo
+from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
-from dlion.mesh.bridges import shared_plan
 from dlion.mesh.presence import PresenceError
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
@@ -27,118 +26,15 @@ from dlion.newcomers import PIECE_ENTRIES, Entry, digest
 from dlion.node import Node
 from dlion.observe.runlog import Step
 from dlion.simulation import Birth, Death
-from dlion.tensors import Flat, disagreement
-
-
-@dataclass
-class Books:
-    """What every life of every peer did, and what was settled of the former ones: all that replicas may hold."""
-
-    lives: list[tuple[Node, list[Flat]]] = field(default_factory=list)
-    settled: dict[str, Flat] = field(default_factory=dict)
-    """Of each who died: what its former lives had told in all. A sponsor may die while it says so; the next one says
-    it again."""
-
-    def keep(self, node: Node) -> None:
-        pride, did = node.exchange, []
-        assert isinstance(pride, Pride)
-        after_step, introduce = pride.after_step, pride.introduce
-        self.lives.append((node, did))
-
-        def stepped(update: Update, ctx: Context) -> Iterable[Action]:
-            yield from after_step(update, ctx)
-            did.append(update.values.copy())
-
-        def introduced(
-            peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
-        ) -> Iterable[Action]:
-            if message is None and (estate := pride.estate(peer)) is not None:
-                self.settled[peer] = estate.copy()
-            yield from introduce(peer, sponsor, life, ctx, message)
-
-        pride.after_step, pride.introduce = stepped, introduced  # type: ignore[method-assign]
-
-    def missing(self, ran: Ran, talk: str) -> float:
-        """How far the replicas are from: start + all steps of those who live + what was heard of all other lives."""
-        views = ran.result.views
-        total = ran.start.astype(np.float64)
-        for node, did in self.lives:
-            if node.me in views and ran.nodes[node.me] is node:
-                total += sum(values.astype(np.float64) for values in did)
-        settled = dict(self.settled)
-        for dead in ran.nodes.keys() - views.keys():
-            mates = [p for p in views if talk == "mesh" or p[0] == dead[0]]
-            pride = ran.nodes[mates[0]].exchange
-            assert isinstance(pride, Pride)
-            if (heard := pride.estate(PeerId(dead))) is not None:
-                settled[dead] = heard
-        total += sum(estate.astype(np.float64) for estate in settled.values())
-        gap = max(float(np.abs(view - total).max()) for view in views.values())
-        return gap / float(np.abs(total).max())
-
-
-def churn(peers: Iterable[str], rng: np.random.Generator) -> tuple[list[Birth], list[Death]]:
-    """Some of ``peers`` come late, die, come again, at random moments; never so late that the run is about to end."""
-    births, deaths = [], []
-    for i, peer in enumerate(map(PeerId, peers)):
-        at = 0.0
-        if rng.random() < 0.4 and i < 2:  # all cannot come late: a run of one does not begin
-            births.append(Birth(peer, at := float(rng.uniform(3.0, 8.0))))
-        if rng.random() < 0.7 or not at:
-            deaths.append(Death(peer, at := max(at, 2.0) + float(rng.uniform(0.5, 6.0))))
-            if rng.random() < 0.8 and (at := at + float(rng.uniform(0.05, 4.0))) < 13.0:
-                births.append(Birth(peer, at))
-    return births, deaths
-
-
-def played(
-    topology: Topology, births: Iterable[Birth], deaths: Iterable[Death], *, until_s: float = 11.0, **options: Any
-) -> tuple[Ran, Books]:
-    books = Books()
-    settings = {"start_wait_s": 2.5, "drain_s": 60.0}
-    ran = run(
-        topology,
-        options.pop("exchange", Pride),
-        until_s=until_s,
-        births=births,
-        deaths=deaths,
-        each=books.keep,
-        settings=settings,
-        **options,
-    )
-    return ran, books
-
-
-def check(ran: Ran, books: Books, topology: Topology) -> None:
-    """All that live agree, and hold everything once."""
-    assert disagreement(ran.result.views) < 1e-4
-    assert books.missing(ran, topology.talk) < 1e-4
-    for peer in ran.result.views:
-        assert not any("cut short" in end["reason"] for end in ran.events(str(peer), "end"))
+from dlion.tensors import disagreement
 
 
 def random_run(seed: int, talk: Talk) -> None:
-    rng = np.random.default_rng(seed)
-    peers = "a1 a2 b1 c1" if talk == "mesh" else "a1 a2 a3 | b1 b2 b3" if seed % 2 else "a1 a2 a3 | b1 b2 | c1 c2 c3"
-    speeds = {p: BATCH / 0.1 * float(rng.choice([0.3, 0.7, 1.0, 2.0])) for p in ["a1", "a2", "b1", "c1"]}
-    topology = net(
-        peers,
-        talk,
-        mbps=float(rng.choice([0.05, 0.2, 1.0, 10.0])),
-        delay_s=float(rng.choice([0.002, 0.02, 0.1])),
-        speeds=speeds if talk == "mesh" else None,
-    )
-    bridges = {p for pair in shared_plan(topology, sorted(topology.peers), ()).bridges.values() for p in pair}
-    free = [p for p in sorted(topology.peers) if p not in bridges and p != "a1"]
-    chosen = rng.choice(free, size=int(rng.integers(1, len(free) + 1)), replace=False)
-    births, deaths = churn(map(str, chosen), rng)
-    speculation = float(rng.choice([0.0, 1.0]))
-    ran, books = played(
-        topology, births, deaths, until_s=20.0, seed=seed, exchange=lambda: Pride(speculation=speculation)
-    )
-    check(ran, books, topology)
-    for peer in set(topology.peers) - set(chosen):
-        assert np.diff([e["t"] for e in ran.events(str(peer), "step")]).max() < 0.5, "nobody waits"
+    scene = Scene.draw(seed, talk)
+    speculation = float(scene.rng.choice([0.0, 1.0]))
+    ran, books = scene.play(seed, lambda: Pride(speculation=speculation))
+    check(ran, books, scene.topology)
+    assert scene.gap_s(ran) < 0.5, "nobody waits"
 
 
 # -- one at a time -------------------------------------------------------------------------------------------------
@@ -198,10 +94,10 @@ def test_behind_a_bridge_the_far_side_hears_it_too(talk: Talk) -> None:
 # -- who is not taken, and who is let down -------------------------------------------------------------------------
 
 
-def test_a_strategy_that_takes_nobody_says_so_and_goes_on() -> None:
+def test_in_lockstep_nobody_is_taken_and_all_go_on() -> None:
     b1 = PeerId("b1")
-    ran = run(net("a1 a2 b1"), DiLoCo, until_s=12.0, births=[Birth(b1, 5.0)], settings={"start_wait_s": 1.0})
-    assert "diloco takes nobody into a run under way" in ran.result.turned_away[b1]
+    ran = run(net("a1 a2 b1"), Full, until_s=12.0, births=[Birth(b1, 5.0)], settings={"start_wait_s": 1.0})
+    assert "full in lockstep takes nobody into a run under way" in ran.result.turned_away[b1]
     assert set(ran.result.views) == {"a1", "a2"} and ran.result.steps[PeerId("a1")] > 50
 
 
@@ -335,6 +231,6 @@ def test_simulate_plays_who_leaves_and_comes_back() -> None:
     assert there == [True, False, True], "its clock is the run's, which began a moment later than the simulation"
 
 
-def test_simulate_refuses_to_play_that_with_a_strategy_that_takes_nobody() -> None:
-    with pytest.raises(PresenceError, match="b1 comes at 6 s, but diloco"):
-        toy(present("b1", 4.0, 6.0), "diloco")
+def test_simulate_refuses_to_play_that_in_lockstep() -> None:
+    with pytest.raises(PresenceError, match="b1 comes at 6 s, but full at pace lockstep"):
+        toy(present("b1", 4.0, 6.0), "full")

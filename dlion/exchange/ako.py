@@ -15,17 +15,16 @@ from math import ceil
 
 from dlion.blocks import Block
 from dlion.exchange.base import Context, LinkView
+from dlion.exchange.estates import Estates
 from dlion.exchange.owed import Owed
-from dlion.exchange.spread import Spread
 
 
-class Ako(Spread):
+class Ako(Estates):
     """``partitions``: p; 0 lets the cost model choose, up to ``partitions_max``."""
 
     name = "ako"
     pace = "free"
     paces = ("free", "bounded", "lockstep", "backup")
-    consensus = True
 
     def __init__(self, *, partitions: int = 0, partitions_max: int = 64) -> None:
         super().__init__()

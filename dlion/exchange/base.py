@@ -168,6 +168,9 @@ class Exchange:
     """Paces that make sense with this strategy; any other is refused."""
     consumes: ClassVar[str] = "delta"
     """``delta``: updates arrive as the optimizer's step; ``gradient``: as the plain gradient."""
+    ahead: bool = False
+    """True: once ``after_step`` has yielded the ``Add`` that covers the step, the next one may start; what else it does
+    goes on beside that."""
     sums: bool = False
     """True: what is passed on may be summed with what comes later. Set to False where additions are put in order."""
     consensus: bool = False
@@ -224,6 +227,8 @@ class Exchange:
 
     newcomers: bool = False
     """Can somebody come into a run under way? Then the hooks below mean something."""
+    handed_on: ClassVar[tuple[str, ...]] = ()
+    """Kinds that a newcomer must hear too which were said to its sponsor before their senders spoke to it."""
 
     def estate(self, peer: PeerId) -> Flat | None:
         """What was heard of the former life of ``peer``, if anybody must hear of that: its sponsor is asked."""

@@ -26,8 +26,8 @@ import numpy as np
 
 from dlion.blocks import Block, dense, max_n, sparse
 from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech, Update
+from dlion.exchange.estates import Estates
 from dlion.exchange.owed import Owed
-from dlion.exchange.spread import Spread
 from dlion.messages import Message, PeerId, Stream
 
 ENVELOPE_BYTES = 64
@@ -36,13 +36,13 @@ Weights = Literal["global", "ratio", "none"]
 Transfers = Literal["best-to-all", "best-to-worst", "off"]
 
 
-class DLion(Spread):
+class DLion(Estates):
     """``transfer_every`` in steps; ``merge`` is λ; ``n_fixed``: send that N whatever it costs (0: fit the budget)."""
 
     name = "dlion"
     pace = "bounded"
     paces = ("bounded", "lockstep", "backup", "free")
-    speaks: ClassVar[Speech] = {**Spread.speaks, "pull": {}, "weights": {}}
+    speaks: ClassVar[Speech] = {**Estates.speaks, "pull": {}, "weights": {}}
 
     def __init__(
         self,
@@ -79,9 +79,9 @@ class DLion(Spread):
         yield from self.transfer.ask(update.step, ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
-        if message.kind == "update":
-            return super().on_message(origin, message, ctx)
-        return self.transfer.hear(message, ctx)
+        if message.kind in ("pull", "weights"):
+            return self.transfer.hear(message, ctx)
+        return super().on_message(origin, message, ctx)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         self.transfer.forget(ctx)

@@ -7,6 +7,9 @@ death that nobody came back from, the first of those who heard it tells the rest
 of one that is followed by a new life, the newcomer's sponsor does, at once. Whoever is told has heard of the dead what
 the teller had. An estate is of all lives together, so that the last one told makes good whatever part of an earlier one
 was lost with its teller.
+
+Where the settings promise no ``consensus`` (what is not said is dropped, or weights are merged), a replica is no such
+sum: nothing is remembered, the dead leave nothing, and a newcomer simply begins as its sponsor is.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ class Estates(Spread):
     """Base: remembers what it heard of whom, and settles what the dead had told only some."""
 
     speaks: ClassVar[Speech] = {**Spread.speaks, "estate": {"cloud": str, "of": str, "life": int}}
-    newcomers = True
+    handed_on: ClassVar[tuple[str, ...]] = (*Spread.handed_on, "estate")
+    consensus = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +62,24 @@ class Estates(Spread):
         super().setup(ctx)
         self._size = ctx.layout.size
 
-    def listen(self, message: Message) -> None:
+    def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
+        if message.kind == "estate":
+            self._wills[PeerId(str(message.fields["of"]))] = message
+            return
+        yield from super().on_message(origin, message, ctx)
+        if self.consensus:
+            self._listen(message)
+
+    def on_members(self, ctx: Context) -> Iterable[Action]:
+        if self.consensus:
+            self._met.update((peer, link.cloud) for peer, link in ctx.links.items())
+        return super().on_members(ctx)
+
+    def drain(self, ctx: Context) -> Iterable[Action]:
+        yield from self.settle(ctx)
+        yield from super().drain(ctx)
+
+    def _listen(self, message: Message) -> None:
         """Remember what was told."""
         if message.hop not in self._heard:
             self._heard[message.hop] = np.zeros(self._size, dtype=np.float32)
@@ -128,7 +149,8 @@ class Estates(Spread):
         self._wills.pop(peer, None)
         self._settled.discard(peer)
         self._lives[peer] = life
-        self._met.setdefault(peer, ctx.cloud if message is None else str(message.fields["cloud"]))
+        if self.consensus:
+            self._met.setdefault(peer, ctx.cloud if message is None else str(message.fields["cloud"]))
 
     def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
         """What we heard of each common neighbour, what former lives told, and the rest: the start and what we told."""
@@ -148,6 +170,8 @@ class Estates(Spread):
     def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
         if "" not in bequest:
             raise ValueError("it holds no weights")
+        if not self.consensus:
+            return
         self._heard = {sponsor: bequest[""] - ctx.weights}
         self._former = {}
         for name in bequest.keys() - {""}:

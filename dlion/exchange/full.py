@@ -10,13 +10,12 @@ it missed and hears it in one message; nothing is lost.
 
 from __future__ import annotations
 
-from dlion.exchange.spread import Spread
+from dlion.exchange.estates import Estates
 
 
-class Full(Spread):
+class Full(Estates):
     """Dense float32, every step, to all; bridges pass on what they hear as it is."""
 
     name = "full"
     pace = "lockstep"
     paces = ("lockstep", "bounded", "backup", "free")
-    consensus = True

@@ -20,19 +20,18 @@ import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
 from dlion.exchange.base import Action, Add, Context, Send, Speech, Update
-from dlion.exchange.spread import Spread
+from dlion.exchange.estates import Estates
 from dlion.messages import Message, PeerId, Span, Stream
 from dlion.tensors import Flat
 
 
-class Gaia(Spread):
+class Gaia(Estates):
     """``threshold``: initial significance, relative (0: everything is significant); ``barrier``: the selective one."""
 
     name = "gaia"
     pace = "bounded"
     paces = ("bounded", "free", "lockstep", "backup")
-    consensus = True
-    speaks: ClassVar[Speech] = {**Spread.speaks, "barrier": {"cloud": str}}
+    speaks: ClassVar[Speech] = {**Estates.speaks, "barrier": {"cloud": str}}
 
     def __init__(self, *, threshold: float = 0.01, barrier: bool = True) -> None:
         super().__init__()
@@ -74,6 +73,12 @@ class Gaia(Spread):
         self._awaited = {p: step for p, step in self._awaited.items() if p in ctx.links}
         return super().on_members(ctx)
 
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        self._awaited.pop(peer, None)
+        return super().introduce(peer, sponsor, life, ctx, message)
+
     def ready(self, step: int, ctx: Context) -> bool:
         return not self._awaited
 
@@ -85,6 +90,9 @@ class Gaia(Spread):
 
     def owes(self, ctx: Context) -> bool:
         return bool(self._gathered.any()) or super().owes(ctx)
+
+    def unsaid(self) -> Flat:
+        return self._gathered
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "gathered": self._gathered, "awaited": dict(self._awaited)}

@@ -92,7 +92,6 @@ class Pride(Estates):
     none)."""
 
     name = "pride"
-    consensus = True
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
 
     def __init__(
@@ -136,7 +135,6 @@ class Pride(Estates):
         values *= np.float32(ctx.share)
         coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
-        self._met.update((peer, link.cloud) for peer, link in ctx.links.items())
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
@@ -162,11 +160,7 @@ class Pride(Estates):
             yield from self._later(ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
-        if message.kind == "estate":
-            self._wills[PeerId(str(message.fields["of"]))] = message
-            return
         yield from super().on_message(origin, message, ctx)
-        self.listen(message)
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return

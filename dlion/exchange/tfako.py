@@ -14,17 +14,16 @@ from math import ceil
 
 from dlion.blocks import Block
 from dlion.exchange.base import Context, LinkView, Update
+from dlion.exchange.estates import Estates
 from dlion.exchange.owed import Owed
-from dlion.exchange.spread import Spread
 
 
-class TFAko(Spread):
+class TFAko(Estates):
     """``partitions_max`` bounds how long a whole update may take to reach a peer, in messages."""
 
     name = "tfako"
     pace = "free"
     paces = ("free", "bounded", "lockstep", "backup")
-    consensus = True
 
     def __init__(self, *, partitions_max: int = 64) -> None:
         super().__init__()
