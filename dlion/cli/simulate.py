@@ -103,8 +103,8 @@ def _presence(plan: Plan) -> tuple[tuple[Death, ...], tuple[Birth, ...]]:
     if coming and (pace.staged or not strategy.newcomers):
         raise PresenceError(
             f"{coming[0].peer} comes at {coming[0].at_s:g} s, but {strategy.name} at pace {pace.name} takes nobody "
-            "into a run under way; use another (--exchange pride, --pace free), end the run before that (--until), or leave "
-            "this peer out"
+            "into a run under way; use another (--exchange pride, --pace free), end the run before that (--until), or "
+            "leave this peer out"
         )
     return (
         tuple(Death(turn.peer, turn.at_s) for turn in found if not turn.comes),
