@@ -5,12 +5,12 @@ Law: values only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dlion.cut import Part
-from dlion.exchange.base import Timer, Update
+from dlion.exchange.base import Action, Timer, Update
 from dlion.messages import Message, PeerId
 from dlion.observe.runlog import Event
 from dlion.tensors import Flat
@@ -24,6 +24,14 @@ class Heard:
     stream: int
     seq: int
     body: bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What an own update that is added already still asks for: it goes on beside the next step."""
+
+    actions: Iterator[Action]
+    step: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,19 @@ class Renewed:
 
 
 Item = (
-    Update | Heard | Writable | Fired | MembersChanged | Barrier | DrainNow | Look | TakeCut | Resume | Enter | Renewed
+    Update
+    | Rest
+    | Heard
+    | Writable
+    | Fired
+    | MembersChanged
+    | Barrier
+    | DrainNow
+    | Look
+    | TakeCut
+    | Resume
+    | Enter
+    | Renewed
 )
 
 
@@ -124,6 +144,8 @@ class Spoken(NamedTuple):
 class Outcome:
     """What a batch of items asks the loop to do, and what it found."""
 
+    left: list[Item] = field(default_factory=list)
+    """Not handled yet: they come next. An own update was added, and the step after it need not wait for them."""
     sends: list[Spoken] = field(default_factory=list)
     timers: list[Timer] = field(default_factory=list)
     notices: list[Message] = field(default_factory=list)

@@ -26,6 +26,7 @@ from dlion.items import (
     MembersChanged,
     Outcome,
     Renewed,
+    Rest,
     Resume,
     Spoken,
     TakeCut,
@@ -85,7 +86,7 @@ class Replica:
 
     def stage(self) -> None:
         """Hold additions back until a ``Barrier`` (lockstep); sums of several steps have no place in its order."""
-        self.exchange.sums = False
+        self.exchange.sums = self.exchange.ahead = False
         self._staged = []
         self.newcomers.staged = True
 
@@ -96,12 +97,15 @@ class Replica:
             self._stepping = True
 
     def run(self, items: list[Item], now: float) -> Outcome:
-        """Handle ``items`` in order at time ``now`` (seconds since the run began)."""
+        """Handle ``items`` in order at time ``now`` (seconds since the run began), or the first of them: the others
+        are ``left``."""
         self.ctx.now = now
         outcome = Outcome()
-        for item in items:
-            self._handle(item, outcome)
-        if self._draining:
+        for number, item in enumerate(items, 1):
+            if (rest := self._handle(item, outcome)) is not None:
+                outcome.left = [rest, *items[number:]]
+                break
+        if self._draining and not outcome.left:
             self._perform(self.exchange.drain(self.ctx), outcome)
             outcome.owes = self.exchange.owes(self.ctx)
         outcome.ready = self.exchange.ready(self.ctx.step, self.ctx)
@@ -111,17 +115,15 @@ class Replica:
         outcome.entered, self.newcomers.entered = self.newcomers.entered, None
         return outcome
 
-    def _handle(self, item: Item, outcome: Outcome) -> None:
+    def _handle(self, item: Item, outcome: Outcome) -> Rest | None:
+        """Returns what is left of it, to be handled before anything else is."""
         ctx, exchange = self.ctx, self.exchange
         match item:
             case Heard():
                 self._hear(item, outcome)
                 self._cuts.count(item.hop, item.stream)
-            case Update():
-                self._check(item)
-                self._hand_over(item)
-                self._perform(exchange.after_step(item, ctx), outcome)
-                ctx.step = item.step + 1
+            case Update() | Rest():
+                return self._step(item, outcome)
             case Writable():
                 if (link := ctx.links.get(item.peer)) is not None:
                     self._perform(exchange.on_writable(link, ctx), outcome)
@@ -143,6 +145,21 @@ class Replica:
                 self._resume(item.part, outcome)
             case Enter() | Renewed():
                 self._renew(item)
+        return None
+
+    def _step(self, item: Update | Rest, outcome: Outcome) -> Rest | None:
+        """Add an own update; all the rest too, unless the strategy says that the next step need not wait for it."""
+        if isinstance(item, Update):
+            self._check(item)
+            self._hand_over(item)
+            item = Rest(iter(self.exchange.after_step(item, self.ctx)), item.step)
+            for action in item.actions if self.exchange.ahead else ():
+                self._perform((action,), outcome)
+                if isinstance(action, Add) and action.coverage:
+                    return item
+        self._perform(item.actions, outcome)
+        self.ctx.step = item.step + 1
+        return None
 
     def _hear(self, item: Heard, outcome: Outcome) -> None:
         try:
@@ -365,5 +382,7 @@ class Replica:
         for said in part.heard:
             self._hear(Heard(*said), outcome)
         if part.under_way is not None:
-            self._handle(part.under_way, outcome)
+            rest = self._handle(part.under_way, outcome)
+            if rest is not None:
+                self._handle(rest, outcome)
         self._samples = part.samples

@@ -253,7 +253,8 @@ class Node:
         waits = Waits()
         while not self._stopping:
             self.company.porch.check(self.replica.newcomers.unsure)
-            verdict = "wait" if self._own_pending else self.pace.may_start(self.step, self._progress())
+            progress = Progress(self.step - 1, self.company.porch.progress(self.replica.applied))
+            verdict = "wait" if self._own_pending else self.pace.may_start(self.step, progress)
             reason = "room" if self._own_pending else "pace" if verdict == "wait" else "strategy"
             if reason == "strategy" and self._outcome.ready:
                 if isinstance(verdict, int):
@@ -267,9 +268,6 @@ class Node:
             await self._change()
             setattr(waits, reason, getattr(waits, reason) + self.now - since)
         return waits
-
-    def _progress(self) -> Progress:
-        return Progress(self.step - 1, self.company.porch.progress(self.replica.applied))
 
     # -- exchange loop ------------------------------------------------------------------------------------------
 
@@ -297,13 +295,16 @@ class Node:
                 partial(self._batch_cost_s, len(items)),
             )
             self._busy = False
+            self._inbox[:0] = outcome.left
             self._own_pending = any(isinstance(i, OWN) for i in self._inbox)
             self._perform(outcome)
             self._changed.set()
+            if outcome.left:
+                await asyncio.sleep(0)  # the next step goes first
 
     def _batch_cost_s(self, items: int, outcome: Outcome) -> float:
         s = self.settings
-        return 4 * outcome.scanned * s.exchange_s_per_byte + items * s.exchange_s_per_item
+        return 4 * outcome.scanned * s.exchange_s_per_byte + (items - len(outcome.left)) * s.exchange_s_per_item
 
     def _perform(self, outcome: Outcome) -> None:
         company = self.company

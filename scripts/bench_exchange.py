@@ -69,6 +69,7 @@ def lane_of(me: PeerId, other: PeerId, size: int, exchange: str, rate_bps: float
         batch=64,
         global_batch=128,
     )
+    strategy.ahead = False  # all that a step asks for at once
     return Replica(strategy, ctx, weights, Admit(size, strategy.speaks), Limits.of(size))
 
 

@@ -15,7 +15,8 @@ from dlion.company import NODE_KINDS
 from dlion.cut import Cuts
 from dlion.exchange import find
 from dlion.exchange.base import Context, Exchange, LinkView, Member, Update
-from dlion.lane import Fired, Heard, Replica, TakeCut
+from dlion.items import Fired, Heard, Item, TakeCut
+from dlion.lane import Replica
 from dlion.learn.optimizers import Sgd
 from dlion.learn.schedules import Constant
 from dlion.learn.trainer import Trainer
@@ -82,14 +83,14 @@ class Peer:
         for link in self.ctx.links.values():
             link.writable_bytes = self.room
         self.replica.snapshot_into(self.snapshot)
-        items: list[Update | Heard | Fired] = [self._update(number)]
+        items: list[Item] = [self._update(number)]
         items += [
             Heard(p, Stream.UPDATE, number, bodies[number]) for p, bodies in heard.items() if number < len(bodies)
         ]
         said = []
         while items:
             outcome = self.replica.run([items.pop(0)], now)
-            items += [Fired(timer.key) for timer in outcome.timers]
+            items = [*outcome.left, *items, *(Fired(timer.key) for timer in outcome.timers)]
             said += [spoken.body for spoken in outcome.sends]
             self.state_bytes = max(self.state_bytes, self.exchange.state_bytes)
             del outcome

@@ -39,6 +39,7 @@ class Spread(Exchange):
 
     speaks: ClassVar[Speech] = {"update": {"cloud": str}}
     additive: ClassVar[tuple[str, ...]] = ("update",)
+    ahead = True
     keep = True
     """What was not said stays owed (error feedback per link); False: it is dropped."""
     sums = True

@@ -16,7 +16,7 @@ import numpy as np
 
 from dlion.exchange.base import Context, Exchange, LinkView, Member, Update
 from dlion.exchange.pace import PACES, Pace, Progress
-from dlion.items import Barrier, DrainNow, Fired, Heard, Item, MembersChanged, Writable
+from dlion.items import Barrier, DrainNow, Fired, Heard, Item, MembersChanged, Outcome, Writable
 from dlion.lane import Replica
 from dlion.mesh.bridges import Plan, plan
 from dlion.mesh.topology import LinkSpec, PeerSpec, Topology
@@ -263,6 +263,12 @@ class Bench:
         self.now += EVENT_S
         self._refresh(seat.ctx)
         outcome = seat.replica.run(list(items), self.now)
+        self._do(seat, outcome)
+        while outcome.left:
+            outcome = seat.replica.run(outcome.left, self.now)
+            self._do(seat, outcome)
+
+    def _do(self, seat: Seat, outcome: Outcome) -> None:
         demand(not outcome.refused, f"{seat.name} refuses a message: {outcome.refused}")
         seat.ready, seat.owes = outcome.ready, outcome.owes
         seat.timers.update({timer.key: timer.at for timer in outcome.timers})

@@ -32,6 +32,7 @@ class Watched(Exchange):
 
     def __init__(self, inner: Exchange, me: PeerId, transcript: list[str]) -> None:
         self.inner, self.me, self.transcript = inner, me, transcript
+        self.ahead = inner.ahead
 
     def _watch(self, actions: Iterable[Action], ctx: Context) -> Iterable[Action]:
         for action in actions:
