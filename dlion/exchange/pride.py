@@ -130,7 +130,7 @@ class Pride(Estates):
         self._rest = np.zeros(self._size, dtype=np.float32)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
-        """Add the own step, and let the next one start: what there is to say of it is said at once, but after that."""
+        """Add the own step; then round it for all who must hear of it, and say it."""
         values = update.values
         values *= np.float32(ctx.share)
         coverage = (Span(ctx.me, update.step, update.step),)
@@ -142,17 +142,23 @@ class Pride(Estates):
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, coverage)
+        if not self._told(ctx):
+            return
         self._rest += values
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
         self._owe(block, coverage, ctx)
-        yield Timer(ctx.now, "say")
+        yield from self.on_timer("say", ctx)
+
+    @staticmethod
+    def _told(ctx: Context) -> list[PeerId]:
+        """Who must hear our updates from us."""
+        return [peer for peer in ctx.routes.onward(None, ctx.cloud) if peer in ctx.links or peer in ctx.silent]
 
     def _owe(self, block: Block, coverage: tuple[Span, ...], ctx: Context) -> None:
         piece = Piece(block, ctx.me, ctx.layout.size)
-        for peer in ctx.routes.onward(None, ctx.cloud):
-            if peer in ctx.links or peer in ctx.silent:
-                self._account(peer, ctx.cloud, ctx).add(piece, coverage)
+        for peer in self._told(ctx):
+            self._account(peer, ctx.cloud, ctx).add(piece, coverage)
 
     def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
         if not self._draining:
