@@ -4,6 +4,7 @@ as with ``pride``; those that do take whoever comes, and go on as inexactly as b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import cycle
 
 import pytest
 from newcomer_runs import Scene, check, played
@@ -30,8 +31,7 @@ EXACT: Mapping[str, Callable[[], Exchange]] = {
 """With settings at which something is always owed, where there are such."""
 
 
-@pytest.mark.parametrize("name", EXACT)
-@pytest.mark.parametrize("talk", ["mesh", "bridges"])
+@pytest.mark.parametrize(("name", "talk"), [*zip(EXACT, cycle(["mesh", "bridges"]), strict=False)])
 def test_one_comes_late_and_one_again(name: str, talk: Talk) -> None:
     topology = net("a1 a2 | b1 b2 b3 b4", talk, mbps=0.2)
     births, deaths = [Birth(PeerId("b3"), 3.0), Birth(PeerId("b4"), 5.0)], [Death(PeerId("b4"), 4.0)]

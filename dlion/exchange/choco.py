@@ -28,6 +28,7 @@ class Choco(Exchange):
     name = "choco"
     pace = "free"
     paces = ("free", "bounded", "backup")
+    newcomers = True
     speaks: ClassVar[Speech] = {"difference": {}}
 
     def __init__(self, *, density: float = 0.05, gossip: float = 0.5) -> None:
@@ -38,6 +39,8 @@ class Choco(Exchange):
         """How far the public copy of each neighbour, and our own, is from the initial weights."""
         self._owed: dict[PeerId, Owed] = {}
         self._last: dict[PeerId, int] = {}
+        self._unheard: set[PeerId] = set()
+        """Neighbours met under way, whose public copies are not here yet."""
 
     def setup(self, ctx: Context) -> None:
         self._start = ctx.weights.copy()
@@ -46,6 +49,7 @@ class Choco(Exchange):
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         self._last[ctx.me] = update.step
+        self._greet(ctx)
         yield Add(update.values, coverage=(Span(ctx.me, update.step, update.step),))
         mine = self._public[ctx.me]
         difference = ctx.weights - self._start - mine
@@ -64,6 +68,7 @@ class Choco(Exchange):
         for peer, _, last in message.coverage:
             self._last[peer] = max(last, self._last.get(peer, -1))
         if origin in self._public:
+            self._unheard.discard(origin)
             message.blocks[0].add_to(self._public[origin])
         return ()
 
@@ -81,6 +86,8 @@ class Choco(Exchange):
         """A new neighbour knows only the initial weights: it is owed our whole public copy."""
         for peer in ctx.links:
             if peer not in self._public:
+                if self._public[ctx.me].any():
+                    self._unheard.add(peer)
                 self._public[peer] = np.zeros_like(self._start)
                 self._owed[peer] = Owed(ctx.layout.size)
                 if self._public[ctx.me].any():
@@ -99,10 +106,23 @@ class Choco(Exchange):
     def _towards_neighbours(self, ctx: Context) -> Flat:
         change = np.zeros_like(self._start)
         part = self.gossip / (len(ctx.links) + 1)
-        for peer in ctx.links:
+        heard = [peer for peer in ctx.links if peer not in self._unheard]
+        for peer in heard:
             add_scaled(change, self._public[peer], part)
-        add_scaled(change, self._public[ctx.me], -part * len(ctx.links))
+        add_scaled(change, self._public[ctx.me], -part * len(heard))
         return change
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        for known in (self._public, self._owed, self._last):
+            known.pop(peer, None)
+        return ()
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        """Our public copy is what we begin with, and every neighbour is owed it as a whole."""
+        self._public = {ctx.me: bequest[""] - self._start}
+        self._owed, self._last = {}, {}
 
     def state(self) -> dict[str, Any]:
         public = {f"public/{peer}": copy for peer, copy in self._public.items()}

@@ -22,6 +22,7 @@ import numpy as np
 from dlion.blocks import Block, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
 from dlion.messages import Message, PeerId, Span
+from dlion.tensors import Flat
 
 
 class Hop(Exchange):
@@ -30,6 +31,7 @@ class Hop(Exchange):
     name = "hop"
     pace = "bounded"
     paces = ("bounded", "free", "backup")
+    newcomers = True
     speaks: ClassVar[Speech] = {"weights": {}}
 
     def __init__(self, *, backup: int = 1, staleness: int = 5, skip: int = 10) -> None:
@@ -119,6 +121,32 @@ class Hop(Exchange):
             self._unsaid -= set(to)
             coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()))
             yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=coverage))
+
+    # -- newcomers -----------------------------------------------------------------------------------------------
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        self._queue.pop(peer, None)
+        self._last.pop(peer, None)
+        return ()
+
+    def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
+        """The weights, and which iteration's they are."""
+        return {f"{self._next} {ctx.step}": self._mine.values.copy()}
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        """Our next step is of our sponsor's iteration."""
+        try:
+            ((name, weights),) = bequest.items()
+            self._next, step = map(int, name.split(" "))
+        except ValueError as error:
+            raise ValueError("it does not say of which iteration it is") from error
+        self._skipped = self._next - step
+        self._mine = dense(weights)
+        self._queue, self._last = {}, {}
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         queues = {peer: dict(queue) for peer, queue in self._queue.items()}

@@ -6,7 +6,8 @@ weights; H inner steps give θ; Δ = θ - φ; with the pair's mean:
 
 Differences from the paper. The pairing follows from the round's number and the living members, so that nobody need
 say it; a pair without a link sits the round out. A peer whose partner sees another pairing (somebody just died) is
-told so and goes on alone. H is 20 (jobs here are short), γ = 0.7 (ours).
+told so and goes on alone. H is 20 (jobs here are short), γ = 0.7 (ours). A newcomer begins with its sponsor's φ and δ,
+and goes to the latest round in which anybody waits for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dlion.blocks import Block, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update
 from dlion.exchange.parts import Outbox
 from dlion.messages import Message, PeerId, Span
+from dlion.tensors import Flat
 
 
 class NoLoCo(Exchange):
@@ -28,6 +30,7 @@ class NoLoCo(Exchange):
     name = "noloco"
     pace = "free"
     paces = ("free",)
+    newcomers = True
     speaks: ClassVar[Speech] = {"pair": {}, "alone": {}}
 
     def __init__(
@@ -52,6 +55,8 @@ class NoLoCo(Exchange):
         self._heard: dict[tuple[int, PeerId], tuple[Block, Block] | None] = {}
         """(round, peer) -> its slow weights and Δ; None: it went on alone."""
         self._outbox = Outbox()
+        self._late = False
+        """We came into the run, and had no partner yet."""
 
     def setup(self, ctx: Context) -> None:
         self._slow = ctx.weights.copy()
@@ -71,6 +76,8 @@ class NoLoCo(Exchange):
         if self._steps < self.local_steps:
             return
         self._steps = 0
+        if self._late:
+            self.round = max([self.round, *(number for number, _ in self._heard)])
         self._mine = (dense(self._slow), dense(ctx.weights - self._slow))
         self._partner = self.partner(ctx)
         if self._partner is not None:
@@ -130,6 +137,7 @@ class NoLoCo(Exchange):
         slow, delta = self._mine[0].values, self._mine[1].values
         self._velocity *= np.float32(self.momentum)
         if theirs is not None:
+            self._late = False
             self._velocity += (theirs[0].values - slow) * np.float32(0.5 * self.pull)
             delta = (delta + theirs[1].values) * np.float32(0.5)
         self._velocity += delta * np.float32(self.outer_learning_rate)
@@ -138,14 +146,40 @@ class NoLoCo(Exchange):
         self.round += 1
         yield Add(self._slow - ctx.weights)
 
+    # -- newcomers -----------------------------------------------------------------------------------------------
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        self._heard = {key: heard for key, heard in self._heard.items() if key[1] != peer}
+        if self._partner == peer:
+            self._heard[self.round, peer] = None
+            yield from self._close(ctx)
+
+    def bequeath(self, peer: PeerId, ctx: Context) -> dict[str, Flat]:
+        """δ and the rest of φ, and how far the round is."""
+        return {"velocity": self._velocity.copy(), f"{self.round} {self._steps}": self._slow - self._velocity}
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        try:
+            (name,) = bequest.keys() - {"velocity"}
+            self._velocity = bequest["velocity"].copy()
+            self._slow = bequest[name] + self._velocity
+            self.round, self._steps = map(int, name.split(" "))
+        except (ValueError, KeyError) as error:
+            raise ValueError("it does not say of which round it is") from error
+        self._partner, self._heard, self._late = None, {}, True
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
     def state(self) -> dict[str, Any]:
         talk = {"partner": self._partner, "heard": dict(self._heard), "outbox": self._outbox.state()}
         arrays = {"slow": self._slow, "velocity": self._velocity, "mine": self._mine}
-        return {**arrays, **talk, "round": self.round, "steps": self._steps}
+        return {**arrays, **talk, "round": self.round, "steps": self._steps, "late": self._late}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._slow = np.array(state["slow"], dtype=np.float32)
         self._velocity = np.array(state["velocity"], dtype=np.float32)
-        self.round, self._steps = int(state["round"]), int(state["steps"])
+        self.round, self._steps, self._late = int(state["round"]), int(state["steps"]), bool(state["late"])
         self._partner, self._heard, self._mine = state["partner"], dict(state["heard"]), state["mine"]
         self._outbox.restore(state["outbox"])

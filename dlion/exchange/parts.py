@@ -86,6 +86,8 @@ class Parts:
         if key in self._known or (message.kind != "gone" and message.epoch < number - 1):
             return
         self._known[key] = message
+        if message.kind == "gone" and (dead := PeerId(key[3])) not in self._living | self._dead:
+            yield from self._say_gone(dead, ctx)  # it died before we came: we hold nothing of it
         onward = ctx.routes.onward(message.hop, str(message.fields["cloud"]))
         if message.origin not in ctx.members:
             onward = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)
@@ -132,8 +134,17 @@ class Parts:
             again = self._beside - before if message.origin not in died else self._beside
             yield from self.outbox.say(_reach(message, sorted(again - {message.origin}), ctx), message, ctx)
         for dead in died:
-            fields = {"cloud": ctx.cloud, "peer": dead}
-            yield from self.say(Message("gone", fields=fields, origin=ctx.me), ctx)
+            yield from self._say_gone(dead, ctx)
+
+    def renew(self, peer: PeerId) -> None:
+        """``peer`` begins a new life, and has heard nothing in it."""
+        self._beside.discard(peer)
+
+    def _say_gone(self, dead: PeerId, ctx: Context) -> Iterator[Send]:
+        """All that we hold of ``dead`` has been said again."""
+        self._dead.add(dead)
+        fields = {"cloud": ctx.cloud, "peer": dead}
+        yield from self.say(Message("gone", fields=fields, origin=ctx.me), ctx)
 
     def _of(self, kind: str, number: int) -> list[Message]:
         return [self._known[key] for key in sorted(self._known) if key[:2] == (kind, number)]

@@ -8,7 +8,8 @@ A replica is anchor + what it moved since. When a round closes, the part it gave
 anchor is added instead, so local steps done meanwhile (overlap) stay.
 
 Who was cut off and is heard again had rounds of its own meanwhile. Each side says its anchor, in a new *era* of rounds;
-the one that is further becomes everybody's, and what a peer moved since its last part it moves from there.
+the one that is further becomes everybody's, and what a peer moved since its last part it moves from there. A newcomer
+is met like that: it begins with its sponsor's anchor, and takes part from the era on that begins when it is seen.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Rounds(Exchange):
         "anchor": {"cloud": str},
     }
     overlap: ClassVar[bool] = False
+    newcomers = True
     keep_error = False
     """True: what a part leaves out stays moved and goes into later ones (error feedback); False: it is dropped."""
 
@@ -90,6 +92,8 @@ class Rounds(Exchange):
         self._steps = 0
         self._samples = 0
         self._unspoken: list[int] = []
+        self._counted = (0, 0, list[int]())
+        """Steps, samples and unspoken of what we gave to the open round."""
         self._given: Flat | None = None
         """What our part of the open round takes out of the replica when it closes; None: not given yet."""
         self._left: Flat | None = None
@@ -155,8 +159,8 @@ class Rounds(Exchange):
         self._met |= set(ctx.members)
         if ctx.me != spokesman(ctx):
             self._left = None
-        if self._missed & set(ctx.members):
-            yield from self._meet_again(ctx)
+        if back := self._missed & (ctx.members.keys() - ctx.silent.keys()):
+            yield from self._meet_again(back, ctx)
         yield from self._close(ctx)
 
     def ready(self, step: int, ctx: Context) -> bool:
@@ -201,6 +205,7 @@ class Rounds(Exchange):
         self._given = given
         weight = self.weight(ctx)
         coverage = (Span(ctx.me, self._unspoken[0], self._unspoken[-1]),) if self._unspoken else ()
+        self._counted = (self._steps, self._samples, self._unspoken)
         self._unspoken, self._steps, self._samples = [], 0, 0
         fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
         message = Message("part", ctx.step, self.round, fields, (part,), coverage, origin=ctx.me)
@@ -251,9 +256,9 @@ class Rounds(Exchange):
 
     # -- meeting again -------------------------------------------------------------------------------------------
 
-    def _meet_again(self, ctx: Context) -> Iterator[Action]:
-        """Rounds were closed without somebody who is back: tell everybody where we are."""
-        self._missed -= set(ctx.members)
+    def _meet_again(self, back: set[PeerId], ctx: Context) -> Iterator[Action]:
+        """Rounds were closed without some who are here now: tell everybody where we are."""
+        self._missed -= back
         self._restart(self.round + ERA, ctx)
         self._anchor_of = ctx.me
         velocity = self.outer.velocity if self.outer.velocity is not None else np.zeros_like(self._anchor)
@@ -268,6 +273,7 @@ class Rounds(Exchange):
             return
         if message.epoch > self.round:  # else what we gave to this round is known, and counts
             self._restart(message.epoch, ctx)
+            self._missed.clear()  # whoever comes next hears of this era from us, unless we close a round before
         self._anchor_of = message.origin
         theirs, velocity = np.zeros_like(self._anchor), np.zeros_like(self._anchor)
         message.blocks[0].add_to(theirs)
@@ -278,12 +284,34 @@ class Rounds(Exchange):
         yield Add(change, message=message)
 
     def _restart(self, number: int, ctx: Context) -> None:
-        """Open round ``number``; what was given to the one before is ours again."""
+        """Open round ``number``; what was given to the one before is ours again, to be given with the next step."""
         if self._given is not None:
             self._moved[self.fragment(ctx)] += self._given
+            steps, samples, unspoken = self._counted
+            self._steps, self._samples = self._steps + steps, self._samples + samples
+            self._unspoken = [*unspoken[:1], *self._unspoken[-1:]] if self._unspoken else unspoken
         self._given, self._left = None, None
         self.round = number
         self._parts.forget_before(number)
+
+    # -- newcomers -----------------------------------------------------------------------------------------------
+
+    def introduce(
+        self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
+    ) -> Iterable[Action]:
+        self._met.add(peer)
+        self._missed.add(peer)
+        self._parts.renew(peer)
+        return ()
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        """Nothing is given to the rounds of this era: as if that had been done already."""
+        if bequest.keys() != {""}:
+            raise ValueError("it is not one anchor")
+        self._anchor = bequest[""].copy()
+        self._moved = np.zeros_like(self._anchor)
+        self._given = np.zeros_like(self._moved[self.fragment(ctx)])
+        self._counted = (self.local_steps, 0, [])  # nobody waits for a whole round of ours
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -291,6 +319,7 @@ class Rounds(Exchange):
         velocity = self.outer.velocity
         arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": velocity}
         counts = {"round": self.round, "steps": self._steps, "samples": self._samples, "unspoken": self._unspoken}
+        counts |= {"counted": self._counted}
         others = {"met": set(self._met), "missed": set(self._missed), "anchor_of": self._anchor_of}
         flat = {k: v.copy() for k, v in {**arrays, "left": self._left}.items() if v is not None}
         return {**flat, **counts, **others, "parts": self._parts.state()}
@@ -300,7 +329,7 @@ class Rounds(Exchange):
         self._anchor, self._moved = flat["anchor"], flat["moved"]
         self._given, self.outer.velocity, self._left = (flat.get(name) for name in ("given", "velocity", "left"))
         self.round, self._steps, self._samples = (int(state[name]) for name in ("round", "steps", "samples"))
-        self._unspoken = list(state["unspoken"])
+        self._unspoken, self._counted = list(state["unspoken"]), state["counted"]
         self._met, self._missed, self._anchor_of = set(state["met"]), set(state["missed"]), str(state["anchor_of"])
         self._parts.restore(state["parts"])
 
