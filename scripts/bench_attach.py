@@ -4,7 +4,7 @@
 
 Each round times the same loop three times: plain, attached to a peer that is alone, and attached beside four neighbours
 over links shaped to ``--mbit``. Only the ratio to the plain loop of the same round says something on a busy machine.
-The neighbours run in one other process at the lowest priority, have links to us alone, step as often as the plain loop
+The neighbours run in one other process only where nobody else wants a core, have links to us alone, step as often as the plain loop
 does, and are parrots: each says the first thing that it chose again and again and ignores what it hears, so that they
 take little of the processor. What they take, and what our own threads take, is told per step, since wall time alone
 says nothing where cores are short. The pace is free, so that nobody waits for them. Images are noise too.
@@ -102,7 +102,7 @@ async def neighbours(directory: Path) -> None:
     """All four, until the parent ends us. Says their addresses on stdout, is told the parent's on stdin."""
     shapes = json.loads((directory / "layout.json").read_text())
     noise = Noise(Layout(tuple(shapes), tuple(map(tuple, shapes.values()))), np.load(directory / "start.npy"))
-    os.nice(19)
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))  # as if elsewhere: gives way at once, as nice does not
     here: dict[str, str] = {}
     known: asyncio.Future[dict[str, str]] = asyncio.get_running_loop().create_future()
 
