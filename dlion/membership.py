@@ -122,7 +122,7 @@ class Membership:
 
     def _member(self, peer: PeerId) -> Member:
         r = self.roster.records[peer]
-        return Member(peer, self.topology.cloud_of(peer), r.step, r.samples_per_s, r.batch, r.loss)
+        return Member(peer, self.topology.cloud_of(peer), r.step, r.samples_per_s, r.batch, r.loss, r.incarnation)
 
     def life_of(self, peer: PeerId) -> int:
         """The incarnation of which news has come, directly or through others; 0: none."""

@@ -100,6 +100,8 @@ class Member:
     batch: int = 0
     loss: float = float("inf")
     """Mean loss of the last steps."""
+    life: int = 0
+    """Which of its lives; a later one has a larger number."""
 
 
 class Routes(Protocol):

@@ -17,7 +17,7 @@ from dlion.exchange.base import Context, Send
 from dlion.messages import Message, PeerId
 
 Key = tuple[str, int, str, str]
-"""Kind, round, whose (of a sum: whose micro-cloud), about whom."""
+"""Kind, round (of ``gone``: the life that ended), whose (of a sum: whose micro-cloud), about whom."""
 
 
 class Outbox:
@@ -66,13 +66,14 @@ class Parts:
 
     def __init__(self) -> None:
         self._known: dict[Key, Message] = {}
-        self._living: set[PeerId] = set()
+        self._living: dict[PeerId, int] = {}
+        """In which life."""
         self._beside: set[PeerId] = set()
-        self._dead: set[PeerId] = set()
+        self._dead: dict[PeerId, int] = {}
         self.outbox = Outbox()
 
     def setup(self, ctx: Context) -> None:
-        self._living = set(ctx.members)
+        self._living = _lives(ctx)
         self._beside = set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
 
     def say(self, message: Message, ctx: Context) -> Iterator[Send]:
@@ -86,8 +87,9 @@ class Parts:
         if key in self._known or (message.kind != "gone" and message.epoch < number - 1):
             return
         self._known[key] = message
-        if message.kind == "gone" and (dead := PeerId(key[3])) not in self._living | self._dead:
-            yield from self._say_gone(dead, ctx)  # it died before we came: we hold nothing of it
+        dead, life = PeerId(key[3]), key[1]
+        if message.kind == "gone" and dead not in self._living and self._dead.get(dead, -1) < life:
+            yield from self._say_gone(dead, life, ctx)  # it ended before we came: we hold nothing of it
         onward = ctx.routes.onward(message.hop, str(message.fields["cloud"]))
         if message.origin not in ctx.members:
             onward = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)
@@ -124,42 +126,53 @@ class Parts:
     def on_members(self, ctx: Context) -> Iterator[Send]:
         """Reconcile with the other survivors what the dead have said, and bring new neighbours up to date."""
         self.outbox.forget(ctx)
-        died = sorted(self._living - set(ctx.members))
-        back = self._dead & set(ctx.members)
-        self._dead = (self._dead | set(died)) - back
-        self._known = {k: m for k, m in self._known.items() if k[3] not in back}  # others may know of a death before us
+        died = sorted(self._living.keys() - ctx.members.keys())
+        back = {p: max(life + 1, ctx.members[p].life) for p, life in self._dead.items() if p in ctx.members}
+        self._dead = {p: life for p, life in self._dead.items() if p not in back}
+        self._known = {k: m for k, m in self._known.items() if k[1] >= back.get(PeerId(k[3]), 0)}
+        lives, self._living = self._living, _lives(ctx)
         before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
-        self._living = set(ctx.members)
         for message in list(self._known.values()):
             again = self._beside - before if message.origin not in died else self._beside
             yield from self.outbox.say(_reach(message, sorted(again - {message.origin}), ctx), message, ctx)
-        for dead in died:
-            yield from self._say_gone(dead, ctx)
+        for dead in died:  # others may know of its death before us, and of a life that we never saw
+            told = (k[1] for k in self._known if k[0] == "gone" and k[3] == dead)
+            yield from self._say_gone(dead, max((lives[dead], *told)), ctx)
 
     def renew(self, peer: PeerId) -> None:
         """``peer`` begins a new life, and has heard nothing in it."""
         self._beside.discard(peer)
 
-    def _say_gone(self, dead: PeerId, ctx: Context) -> Iterator[Send]:
+    def _say_gone(self, dead: PeerId, life: int, ctx: Context) -> Iterator[Send]:
         """All that we hold of ``dead`` has been said again."""
-        self._dead.add(dead)
+        self._dead[dead] = life
         fields = {"cloud": ctx.cloud, "peer": dead}
-        yield from self.say(Message("gone", fields=fields, origin=ctx.me), ctx)
+        yield from self.say(Message("gone", epoch=life, fields=fields, origin=ctx.me), ctx)
 
     def _of(self, kind: str, number: int) -> list[Message]:
         return [self._known[key] for key in sorted(self._known) if key[:2] == (kind, number)]
 
     def _settled(self, ctx: Context) -> bool:
-        return all(("gone", 0, peer, dead) in self._known for dead in self._dead for peer in ctx.members)
+        if not self._dead:
+            return True
+        said: dict[tuple[str, str], int] = {}
+        for kind, life, peer, dead in self._known:
+            if kind == "gone":
+                said[peer, dead] = max(life, said.get((peer, dead), -1))
+        return all(said.get((peer, dead), -1) >= life for dead, life in self._dead.items() for peer in ctx.members)
 
     def state(self) -> dict[str, Any]:
-        peers = {"living": set(self._living), "beside": set(self._beside), "dead": set(self._dead)}
+        peers = {"living": dict(self._living), "beside": set(self._beside), "dead": dict(self._dead)}
         return {"known": list(self._known.values()), "outbox": self.outbox.state(), **peers}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._known = {_key(message): message for message in state["known"]}
-        self._living, self._beside, self._dead = (set(state[who]) for who in ("living", "beside", "dead"))
+        self._living, self._beside, self._dead = dict(state["living"]), set(state["beside"]), dict(state["dead"])
         self.outbox.restore(state["outbox"])
+
+
+def _lives(ctx: Context) -> dict[PeerId, int]:
+    return {peer: member.life for peer, member in ctx.members.items()}
 
 
 def spokesman(ctx: Context) -> PeerId:
