@@ -74,6 +74,7 @@ class Company:
         me = Record(identity.peer, identity.incarnation)
         self.membership = Membership(me, topology, settings.suspect_after_s, settings.status_every_s)
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
+        self.neighbours.ways = self.membership.ways_to
         self.farewell = Farewell(identity.peer, self.tell, self.membership.onward)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
@@ -244,6 +245,8 @@ class Company:
         for peer in near:
             if not connections[peer].session.heard:
                 connections[peer].ask()
+        if self.neighbours.passages and not leaving:
+            return False
         return all(connections[p].session.heard for p in near) and farewell.complete(near, roster.live, leaving)
 
     # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
@@ -259,7 +262,9 @@ class Company:
     def writable(self, peer: PeerId) -> None:
         self._put(Writable(peer))
 
-    def up(self, peer: PeerId, incarnation: int) -> None:
+    def up(self, peer: PeerId, incarnation: int, via: PeerId | None) -> None:
+        if via is not None:
+            self._journal.member(peer, "detour", f"reached through {via}", incarnation)
         roster = self.membership.roster
         if self.porch.up(peer, incarnation):
             self._wake()

@@ -6,7 +6,7 @@ keeps the strategy's picture (``Context``) up to date, but only when the exchang
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from dlion.exchange.base import Context, LinkView, Member
 from dlion.mesh.bridges import Plan, shared_plan
@@ -123,6 +123,13 @@ class Membership:
     def _member(self, peer: PeerId) -> Member:
         r = self.roster.records[peer]
         return Member(peer, self.topology.cloud_of(peer), r.step, r.samples_per_s, r.batch, r.loss, r.incarnation)
+
+    def ways_to(self, peer: PeerId) -> Iterator[list[PeerId]]:
+        """Who might pass us on to ``peer``: of the two micro-clouds, then of each other. Both ask in the same order."""
+        clouds, cloud_of, live = self.topology.clouds, self.topology.cloud_of, self.roster.live
+        near = sorted({cloud_of(self.me), cloud_of(peer)})
+        for cloud in dict.fromkeys((*near, *clouds)):
+            yield [p for p in clouds[cloud] if p in live and p not in (self.me, peer)]
 
     def life_of(self, peer: PeerId) -> int:
         """The incarnation of which news has come, directly or through others; 0: none."""

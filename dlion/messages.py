@@ -76,5 +76,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     capabilities: list[str] = []
     nonce: bytes = b""
     proof: bytes = b""
+    to: str = ""
+    """Not empty: for whom this is; anybody else is asked to pass the link on."""
     refusal: str = ""
     """Not empty: the link is refused, and this says why."""

@@ -7,7 +7,8 @@ outlives its links; a lost link is dialled again with back-off for as long as th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from dlion.net.connection import Connection
 from dlion.net.greeting import Greeting
 from dlion.net.link import Dialer, Link, LinkError
 from dlion.net.session import Session, SessionLimits
+from dlion.passages import Passages
 from dlion.wire.codec import Malformed, decode_hello, encode_hello
 
 
@@ -30,8 +32,12 @@ class DialSettings:
     backoff_max_s: float = 5.0
     quarantine_s: float = 30.0
     heartbeat_s: float = 3.0
+    detour_min_s: float = 1.0
+    detour_max_s: float = 30.0
+    """Others are asked for a way after the first of these; the direct one is tried again after so long, doubled."""
 
 
+UNREACHED = LinkError, Malformed, ProtocolError, TimeoutError
 CONNECTED = "already connected"
 """The refusal of the second of two simultaneous dials: no fault of anybody."""
 
@@ -41,7 +47,7 @@ class Listener(Protocol):
 
     def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None: ...
     def writable(self, peer: PeerId) -> None: ...
-    def up(self, peer: PeerId, incarnation: int) -> None: ...
+    def up(self, peer: PeerId, incarnation: int, via: PeerId | None) -> None: ...
     def down(self, peer: PeerId, reason: str) -> None: ...
     def refused(self, peer: PeerId, reason: str) -> None: ...
 
@@ -57,6 +63,8 @@ class Neighbour:
     incarnation: int
     connection: Connection
     dialled_by: PeerId
+    via: PeerId | None = None
+    """Who passes our link on, if we dialled it round."""
 
 
 class Neighbours:
@@ -89,6 +97,9 @@ class Neighbours:
         """While we come into a run: who shows us in. Nobody else is talked to."""
         self.life_of: Callable[[PeerId], int] = lambda peer: 0
         """The incarnation of a peer that we know, maybe from others: it is no newcomer, but a bridge that moved."""
+        self.ways: Callable[[PeerId], Iterable[Sequence[PeerId]]] = lambda peer: ()
+        """Who might pass us on to a peer that we cannot reach, in groups."""
+        self.passages = Passages(dialer, self.known)
         self._cut = ""
         """The checkpoint that the last peer we greeted goes on from."""
         self._listener = listener
@@ -97,6 +108,7 @@ class Neighbours:
         self._settings = settings
         self._rng = rng
         self._wanted: dict[PeerId, asyncio.Task[None]] = {}
+        self._going_round: dict[PeerId, asyncio.Task[None]] = {}
         self._turned: dict[PeerId, asyncio.Event] = {}
         self._quarantined: dict[PeerId, float] = {}
         self._gone: set[PeerId] = set()
@@ -115,9 +127,7 @@ class Neighbours:
 
     def ask(self, sponsor: PeerId) -> None:
         """Begin a new life: forget all links, and keep one to ``sponsor`` only, whom we ask to show us in."""
-        for task in self._wanted.values():
-            task.cancel()
-        self.close_links()
+        self._let_go()
         for known in (self._wanted, self._met, self.connections, self._turned, self._quarantined):
             known.clear()
         self.identity = replace(self.identity, incarnation=self.identity.incarnation + 1, joining=True)
@@ -150,8 +160,9 @@ class Neighbours:
     def forget(self, peer: PeerId) -> None:
         """``peer`` has left: dial it no more; it ends the link itself once it has heard all it waits for."""
         self._gone.add(peer)
-        if (task := self._wanted.pop(peer, None)) is not None:
-            task.cancel()
+        for task in (self._wanted.pop(peer, None), self._going_round.get(peer)):
+            if task is not None:
+                task.cancel()
 
     def quarantine(self, peer: PeerId, reason: str) -> None:
         """Close the link to ``peer`` and take no other for a while."""
@@ -163,12 +174,13 @@ class Neighbours:
     def close(self) -> None:
         """Say goodbye on all links; take and make no more."""
         self._spawn = None
-        for task in self._wanted.values():
+        self.passages.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for task in (*self._wanted.values(), *self._going_round.values()):
             task.cancel()
         self._wanted.clear()
-        self.close_links()
-
-    def close_links(self) -> None:
         for connection in self.connections.values():
             connection.close()
 
@@ -181,7 +193,7 @@ class Neighbours:
 
     # -- greeting -----------------------------------------------------------------------------------------------
 
-    def _hello(self, peer: PeerId, refusal: str = "") -> bytes:
+    def _hello(self, peer: PeerId, refusal: str = "", to: str = "") -> bytes:
         me, neighbour = self.identity, self._met.get(peer)
         life = self.life_of(peer) if neighbour is None else neighbour.incarnation
         return encode_hello(
@@ -197,6 +209,7 @@ class Neighbours:
                 cursors={} if neighbour is None else neighbour.connection.session.cursors(),
                 of=0 if neighbour is None else neighbour.incarnation,
                 capabilities=me.capabilities + [f"{TRAINING}{life}"] * (not self.open_to_new),
+                to=to,
                 refusal=refusal,
             )
         )
@@ -238,8 +251,15 @@ class Neighbours:
         peer = PeerId("?")
         try:
             greeting = Greeting(link)
-            hello = decode_hello(await greeting.hear(self._settings.hello_timeout_s))
+            words = await greeting.hear(self._settings.hello_timeout_s)
+            hello = decode_hello(words)
             peer = PeerId(hello.peer)
+            if hello.to not in ("", self.identity.peer):
+                ends = peer, PeerId(hello.to)
+                if why := mismatch(self.identity, hello) or await self.passages.carry(greeting, words, ends):
+                    greeting.say(self._hello(peer, why))
+                    link.close()
+                return
             objection = self._objection(hello)
             if objection or self._keeps_existing(peer, hello.incarnation):
                 if objection:
@@ -267,22 +287,28 @@ class Neighbours:
             and existing.dialled_by == self.identity.peer < peer
         )
 
-    async def _dial(self, peer: PeerId) -> None:
+    async def _dial(self, peer: PeerId, via: PeerId | None = None) -> None:
+        """A link to ``peer``, or to ``via`` for it; a direct one replaces one that goes round."""
+        me = self.identity.peer
         async with asyncio.timeout(self._settings.hello_timeout_s):
-            link = await self._dialer.dial(peer)
+            link = await self._dialer.dial(via or peer)
         try:
+            if self.connected(peer):
+                if via is not None or self._met[peer].via is None:
+                    raise LinkError(CONNECTED)
+                self.connections[peer].abort(f"back from the way through {self._met[peer].via}")
             greeting = Greeting(link)
-            greeting.say(self._hello(peer))
+            greeting.say(self._hello(peer, to=peer if via else ""))
             hello = decode_hello(await greeting.hear(self._settings.hello_timeout_s))
-            if hello.refusal == CONNECTED:
-                raise LinkError(hello.refusal)
+            if hello.refusal == CONNECTED or (self.connected(peer) and self._met[peer].dialled_by == peer < me):
+                raise LinkError(CONNECTED)
             objection = hello.refusal or self._objection(hello)
             if objection:
-                raise Refused(objection)
+                raise LinkError(objection) if via else Refused(objection)
             if hello.peer != peer:
                 raise Refused(f"dialled {peer}, but {hello.peer[:NAME_SHOWN]!r} answered")
-            self._resume(peer, hello, dialled_by=self.identity.peer)
-            self._adopt(peer, hello, greeting)
+            self._resume(peer, hello, dialled_by=me)
+            self._adopt(peer, hello, greeting, via)
         except BaseException:
             link.abort()
             raise
@@ -307,13 +333,14 @@ class Neighbours:
         self.connections[peer] = connection
         self._met[peer] = Neighbour(hello.incarnation, connection, dialled_by)
 
-    def _adopt(self, peer: PeerId, hello: Hello, greeting: Greeting) -> None:
+    def _adopt(self, peer: PeerId, hello: Hello, greeting: Greeting, via: PeerId | None = None) -> None:
+        self._met[peer].via = via
         met = hello.of == self.identity.incarnation
         (self.guests.add if JOINING in hello.capabilities else self.guests.discard)(peer)
         self._cut = cut_of(hello)
         self.connections[peer].attach(greeting, hello.cursors if met else {})
         self._turned.setdefault(peer, asyncio.Event()).set()
-        self._listener.up(peer, hello.incarnation)
+        self._listener.up(peer, hello.incarnation, via)
 
     def _lost(self, peer: PeerId, reason: str) -> None:
         self._turned.setdefault(peer, asyncio.Event()).set()
@@ -324,13 +351,22 @@ class Neighbours:
         s, turned = self._settings, self._turned[peer]
         pause = s.backoff_min_s
         patience = 0.0 if self.identity.peer < peer or peer == self.sponsor else 10 * s.backoff_min_s
-        complained = ""
+        complained, spell_s = "", s.detour_min_s
         while True:
             if self.connected(peer):
                 turned.clear()
                 pause, complained = s.backoff_min_s, ""
-                await turned.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(spell_s if self._met[peer].via else None):
+                        await turned.wait()
+                    spell_s = s.detour_min_s
+                    continue
+                spell_s = min(spell_s * 2, s.detour_max_s)
+                with suppress(*UNREACHED):
+                    await self._dial(peer)
                 continue
+            if self._spawn is not None and ((going := self._going_round.get(peer)) is None or going.done()):
+                self._going_round[peer] = self._spawn(self._go_round(peer))
             try:
                 async with asyncio.timeout(patience):
                     turned.clear()
@@ -341,9 +377,22 @@ class Neighbours:
             try:
                 await self._dial(peer)
                 patience = 0.0
-            except (LinkError, Malformed, ProtocolError, TimeoutError) as error:
+            except UNREACHED as error:
                 if isinstance(error, Refused) and str(error) != complained:
                     complained = str(error)
                     self._listener.refused(peer, complained)
                 patience = pause * float(self._rng.uniform(0.5, 1.5))
                 pause = min(pause * 2, s.backoff_max_s)
+
+    async def _go_round(self, peer: PeerId) -> None:
+        """Ask others to pass us on to ``peer``, one of each group in turn, for as long as there is no link to it."""
+        pause = self._settings.detour_min_s
+        await asyncio.sleep(pause * (1 if self.identity.peer < peer else 2))
+        while not self.connected(peer):
+            for group in self.ways(peer):
+                via = next((p for p in group if self.connected(p) and self._met[p].via is None), None)
+                if via is not None and not self.connected(peer):
+                    with suppress(*UNREACHED):
+                        await self._dial(peer, via)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, self._settings.backoff_max_s)

@@ -7,10 +7,12 @@ implementation of anything. Real gradients, modelled durations.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from dlion import clock
 from dlion.compute import Lane
@@ -66,25 +68,24 @@ class MemoryNetwork:
             ends: Route(tuple(bottlenecks[r] for r in link.resources), link.way_s, link.up)
             for ends, link in topology.links.items()
         }
-        self._joined: dict[tuple[PeerId, PeerId], tuple[Link, Link]] = {}
-        """Both ends of the last link that the first peer dialled to the second."""
+        self._ends: defaultdict[PeerId, WeakValueDictionary[int, Link]] = defaultdict(WeakValueDictionary)
+        """Each peer's ends of its links, by number."""
+        self._number = count()
 
     def join(self, me: PeerId, other: PeerId) -> Link:
         """A new link from ``me`` to the door of ``other``."""
         mine, theirs = pipe()
         mine, theirs = self.routes[me, other].shape(mine), self.routes[other, me].shape(theirs)
-        self._joined[me, other] = mine, theirs
+        number = next(self._number)
+        self._ends[me][number], self._ends[other][number] = mine, theirs
         self.doors[other](theirs)
         return mine
 
     def kill(self, peer: PeerId) -> None:
         """Break all links of ``peer``, whatever they still carry, and close its door."""
         self.doors.pop(peer, None)
-        for (dialler, acceptor), ends in self._joined.items():
-            if dialler == peer:
-                ends[0].abort()
-            elif acceptor == peer:
-                ends[1].abort()
+        for link in tuple(self._ends.pop(peer, {}).values()):
+            link.abort()
 
     def dialer(self, me: PeerId, life: int = 1) -> MemoryDialer:
         return MemoryDialer(self, me, life)

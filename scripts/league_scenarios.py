@@ -46,10 +46,13 @@ def slower(peer: str, factor: float) -> Callable[[Topology], Topology]:
     return change
 
 
-def cut(a: str, b: str, since_s: float, until_s: float) -> Callable[[Topology], Topology]:
+def cut(some: str, others: str, since_s: float, until_s: float) -> Callable[[Topology], Topology]:
+    """No link between any of ``some`` and any of ``others``, both named with spaces between."""
+
     def change(topology: Topology) -> Topology:
         up = Rate((0.0, since_s, until_s), (1.0, 0.0, 1.0))
-        ends = (PeerId(a), PeerId(b)), (PeerId(b), PeerId(a))
+        pairs = [(PeerId(a), PeerId(b)) for a in some.split() for b in others.split()]
+        ends = [*pairs, *((b, a) for a, b in pairs)]
         return replace(topology, links={**topology.links, **{e: replace(topology.links[e], up=up) for e in ends}})
 
     return change
@@ -119,6 +122,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     "slow-peer": Scenario(shipped("hetero-system", slower("c2", 20.0)), "hetero-system with c2 20 times slower"),
     "link-out": Scenario(
         shipped("hetero-system", cut("a1", "b1", 20, 50)), "hetero-system, a1 and b1 cut off from 20 s to 50 s"
+    ),
+    "island": Scenario(
+        shipped("hetero-system", cut("c1 c2", "a1 a2 b1 b2", 20, 50)), "hetero-system, c cut off from 20 s to 50 s"
     ),
     "killed": Scenario(shipped("hetero-system"), "hetero-system, b1 killed at 25 s", (Death(PeerId("b1"), 25.0),)),
     **{f"drawn-{n}": Scenario(lambda n=n: drawn(n), f"drawn at random from seed {n}") for n in range(1, 5)},  # type: ignore[misc]

@@ -210,11 +210,10 @@ def test_a_neighbour_twenty_times_slower_stalls_nobody() -> None:
 def test_a_link_that_was_out_is_owed_what_it_missed() -> None:
     topology = load_topology("hetero-system")
     up = Rate((0.0, 3.0, 12.0), (1.0, 0.0, 1.0))
-    ends = (PeerId("a1"), PeerId("b1")), (PeerId("b1"), PeerId("a1"))
-    out = {pair: replace(topology.links[pair], up=up) for pair in ends}
+    out = {pair: replace(link, up=up) for pair, link in topology.links.items() if "a1" in pair}
     played = toy(replace(topology, links={**topology.links, **out}), 20.0)
     a1 = played.run.peers["a1"][Send]
-    assert not ((a1["to"] == "b1") & (a1["t"] > 5.0) & (a1["t"] < 11.5)).any()
+    assert not ((a1["t"] > 5.0) & (a1["t"] < 11.5)).any()
     assert max(played.summary["stalled_share"].values()) < 0.02
     assert disagreement(played.views) < 1e-4
 
