@@ -33,6 +33,7 @@ from dlion.wire.admit import Admit
 from dlion.wire.limits import Limits
 
 __all__ = ("Learner", "Node", "NodeSettings", "Seams")
+FIRST_S = 0.001  # what is left of a step lets the next one begin first: threads share an interpreter
 OWN = (Update, Barrier, Resume)  # what the next step waits for until the lane has taken it
 
 
@@ -300,7 +301,7 @@ class Node:
             self._perform(outcome)
             self._changed.set()
             if outcome.left:
-                await asyncio.sleep(0)  # the next step goes first
+                await asyncio.sleep(FIRST_S)
 
     def _batch_cost_s(self, items: int, outcome: Outcome) -> float:
         s = self.settings

@@ -4,10 +4,10 @@
 
 Each round times the same loop three times: plain, attached to a peer that is alone, and attached beside four neighbours
 over links shaped to ``--mbit``. Only the ratio to the plain loop of the same round says something on a busy machine.
-The neighbours run in one other process only where nobody else wants a core, have links to us alone, step as often as the plain loop
-does, and are parrots: each says the first thing that it chose again and again and ignores what it hears, so that they
-take little of the processor. What they take, and what our own threads take, is told per step, since wall time alone
-says nothing where cores are short. The pace is free, so that nobody waits for them. Images are noise too.
+The neighbours run in one other process where nobody else wants a core, have links to us alone, step as often as the
+plain loop does, and are parrots: each says the first thing that it chose again and again and ignores what it hears, so
+that they take little of the processor. What they take, and what our own threads take, is told per step, since wall time
+alone says nothing where cores are short. The pace is free, so that nobody waits for them. Images are noise too.
 
 All loops train one model, and memory that was freed stays with the process: else a plain step takes 2000 to 6000 page
 faults (48 to 60 ms), as the allocator's thresholds and what lies where will have it, and that is all that is measured.
