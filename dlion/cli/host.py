@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def assemble(
     zero_s = asyncio.get_running_loop().time() - (0.0 if keeping.part is None else keeping.part.t)
     learner, settings = (does.learner, does.settings) if isinstance(does, Guest) else (None, None)
     workload = does.learner.trainer.workload if isinstance(does, Guest) else does
-    log_path = _open_directory(out, peer)
+    log_path = _open_directory(out, peer, doors)
     routes = routes_of(plan, peer, zero_s) if doors.emulate else {}
     dialer = ShapedDialer(UpgradeDialer(addresses, timeout_s=plan.job.node.hello_timeout_s, name=peer), routes)
     log = RunLog(File(log_path))
@@ -214,6 +214,7 @@ async def hosted(
         wait_s = plan.job.node.start_wait_s if guest is None else guest.settings.start_wait_s
         start = await agreed(agreement, known.values(), start, has=bool(have), wait_s=wait_s)
         keeping = await asyncio.to_thread(Keeping, plan, peer, out, layout, start, damages)
+        doors = replace(doors, listen=(doors.listen[0], site.port))
         made = assemble(plan, peer, doors, out, known, does, keeping)
         agreement.training = lambda: made.node.state in ("training", "draining")
         async with _admin(doors, made.status) as admin, made.node:
@@ -241,7 +242,7 @@ class _Door:
             accept(link)
 
 
-def _open_directory(out: Path, peer: PeerId) -> Path:
+def _open_directory(out: Path, peer: PeerId, doors: Doors) -> Path:
     """Where ``peer`` logs; raises Fault when nothing can be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -253,6 +254,7 @@ def _open_directory(out: Path, peer: PeerId) -> Path:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "host": platform.node(),
                 "pid": os.getpid(),
+                "listen": f"{doors.listen[0]}:{doors.listen[1]}",
                 "dlion": __version__,
                 "python": platform.python_version(),
                 "numpy": np.__version__,

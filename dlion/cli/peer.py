@@ -6,8 +6,10 @@ Law: options and signals in, progress lines out; hosting is ``host``'s.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,11 @@ from rich.console import Console
 
 from dlion import __version__
 from dlion.cli.build import Plan, check
-from dlion.cli.errors import DRAIN_CUT_SHORT, NO_PEER, Fault
+from dlion.cli.errors import CANNOT_READ, DRAIN_CUT_SHORT, NO_PEER, Fault
 from dlion.cli.host import Doors, Hosted, Signals, address, hosted, save_model
 from dlion.cli.keep import Start
 from dlion.cli.options import flags_of
-from dlion.cli.planfile import save_plan
+from dlion.cli.planfile import load_plan, save_plan
 from dlion.config import PeerSetup, load_setup
 from dlion.messages import PeerId
 from dlion.observe.live import LiveView
@@ -37,19 +39,55 @@ def plan_of_peer(setup: PeerSetup) -> Plan:
     return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
 
 
-async def _run(plan: Plan, setup: PeerSetup, out: Path, start: Start) -> int:
-    peer, console = PeerId(setup.peer.name), Console(stderr=True, highlight=False)
-    paced = setup.peer.speed is not None
+@dataclass(frozen=True)
+class Described:
+    """A peer as its file, or the run that it was in, describes it."""
+
+    plan: Plan
+    peer: PeerId
+    doors: Doors
+    addresses: Mapping[PeerId, str]
+    out: Path
+    advertise: str = ""
+
+
+def described(setup: PeerSetup, out: Path | None) -> Described:
+    """By a peer file."""
     doors = Doors(
         address(setup.peer.listen),
         address(setup.peer.admin),
         emulate=setup.peer.emulate,
-        paced=paced,
+        paced=setup.peer.speed is not None,
         insecure_plaintext=setup.peer.insecure_plaintext,
         data_share=setup.peer.data_share or 1.0,
     )
-    async with hosted(plan, peer, doors, out, setup.addresses, start=start) as host:
-        dialled = f" (neighbours dial {setup.peer.advertise})" if setup.peer.advertise else ""
+    directory = out or Path(setup.peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{setup.peer.name}")
+    plan = plan_of_peer(setup)
+    save_plan(plan, directory)
+    return Described(plan, PeerId(setup.peer.name), doors, setup.addresses, directory, setup.peer.advertise or "")
+
+
+def again(place: Path) -> Described:
+    """By ``RUN/PEER``, where RUN is the directory of a ``dlion up`` that goes on: that peer, where it listened before.
+
+    Raises Fault when that does not say where the peers listen.
+    """
+    plan, peer = load_plan(place.parent), PeerId(place.name)
+    try:
+        hosts = {p: json.loads((place.parent / f"{p}.host.json").read_bytes()) for p in plan.peers}
+        listen = {p: str(host["listen"]) for p, host in hosts.items()}
+        doors = Doors(address(listen.pop(peer)), emulate=True)
+    except (OSError, ValueError, KeyError) as error:
+        what, advice = f"no run in which {peer} could come again", "name RUN/PEER of a dlion up that goes on"
+        raise Fault(CANNOT_READ, what, str(place), f"{type(error).__name__}: {error}", advice) from error
+    return Described(plan, peer, doors, listen, place.parent)
+
+
+async def _run(who: Described, start: Start) -> int:
+    plan, peer, doors, out = who.plan, who.peer, who.doors, who.out
+    console = Console(stderr=True, highlight=False)
+    async with hosted(plan, peer, doors, out, who.addresses, start=start) as host:
+        dialled = f" (neighbours dial {who.advertise})" if who.advertise else ""
         console.print(
             f"dlion {__version__}  run {plan.run}  peer {peer}  seed {plan.job.job.seed}  "
             f"exchange {plan.job.exchange.name}  {plan.job.job.until_s:g} s once all are there\n"
@@ -100,20 +138,23 @@ async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
 def command(file: str, out: Path | None, cut: str, fresh: bool, **options: Any) -> int:
     """Start the peer that FILE describes (a TOML file, or the name of a packaged one such as a1).
 
+    Or start a peer of ``dlion up`` that has died once more, while the others go on: FILE is RUN/PEER.
+
     Peers may be started in any order; they wait for each other, and go on when one dies. SIGUSR1 asks for a checkpoint
     of all of them; started again, all of them go on from it.
     """
-    setup = load_setup(file, flags_of(options))
-    plan = plan_of_peer(setup)
-    directory = out or Path(setup.peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{setup.peer.name}")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_plan(plan, directory)
+    if Path(f"{file}.host.json").exists():
+        if given := sorted(flags_of(options)) or ["--out"] * (out is not None):
+            raise click.UsageError(f"{file} goes on as its run was started: leave {', '.join(given)} out")
+        who = again(Path(file))
+    else:
+        who = described(load_setup(file, flags_of(options)), out)
     try:
         import uvloop
 
-        exact = setup.peer.emulate or setup.peer.speed is not None
+        exact = who.doors.emulate or who.doors.paced
         factory = None if exact else uvloop.new_event_loop  # whose clock ticks in whole milliseconds
     except ModuleNotFoundError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(plan, setup, directory, Start(cut, fresh)))
+        return runner.run(_run(who, Start(cut, fresh)))
