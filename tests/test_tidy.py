@@ -44,6 +44,7 @@ NODE = (
     "neighbours",
     "newcomers",
     "once",
+    "passages",
     "porch",
     "seams",
 )
