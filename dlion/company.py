@@ -200,22 +200,23 @@ class Company:
         self.say(to, encode(message), message)
 
     def gossip(self, **own: int | float) -> None:
-        """Tell each neighbour our own record, if it is time to, and those that it hears only through us."""
+        """Tell each neighbour our own record, if it is time to, and those that it hears only through us; else they
+        wait for more of their kind."""
         if self.neighbours.sponsor is not None:
             return
-        self.membership.roster.beat(asyncio.get_running_loop().time(), **own)
-        self._spread_news()
+        if self.membership.roster.beat(asyncio.get_running_loop().time(), **own) or self._carrying is None:
+            self._spread_news()
 
     def _spread_news(self) -> None:
         """What is told to several is encoded once."""
         if self._spread == self.membership.roster.changes:
             return
         self._spread = self.membership.roster.changes
-        audiences: dict[tuple[Record, ...], list[PeerId]] = {}
+        audiences: dict[tuple[int, ...], tuple[list[Record], list[PeerId]]] = {}
         for peer, connection in self.neighbours.connections.items():
             if connection.connected and (news := self.membership.news(peer)):
-                audiences.setdefault(tuple(news), []).append(peer)
-        for records, peers in audiences.items():
+                audiences.setdefault(tuple(map(id, news)), (news, []))[1].append(peer)
+        for records, peers in audiences.values():
             self._tell_news(tuple(peers), records)
 
     def _tell_news(self, to: tuple[PeerId, ...], records: Sequence[Record]) -> None:
@@ -335,6 +336,8 @@ class Company:
         for record in records:
             if self._begun and not self.porch.believes(record, message.hop):
                 continue
+            if record.silent and self.neighbours.connected(record.peer):
+                roster.spoke(record.peer, self.neighbours.connections[record.peer].last_heard)
             self._turn(roster.hear(record, message.hop, now))
             if record.silent and roster.hears(record.peer, now):  # let it refute that
                 self._tell_news((record.peer,), [record])
@@ -364,6 +367,8 @@ class Company:
         """Give up links that are only half there, and count no longer who is silent. ``lag_s``: our own lateness."""
         now, patience_s = asyncio.get_running_loop().time(), self._settings.suspect_after_s
         roster = self.membership.roster
+        if now - lag_s <= roster.look_at:
+            return
         for peer, connection in list(self.neighbours.connections.items()):
             if not connection.connected:
                 continue

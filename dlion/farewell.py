@@ -12,8 +12,8 @@ from dlion.messages import Message, PeerId
 
 DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool}
 """``peer``: the name, or several with spaces between them."""
-NAMES_MAX = 60
-"""In one message: a field holds 4096 characters, a name 64."""
+NAMES_CHARS_MAX = 4000
+"""In one message: what a field may hold."""
 
 
 def names_of(message: Message) -> list[PeerId]:
@@ -64,8 +64,9 @@ class Farewell:
             if to := self._onward(came_from, peer):
                 together.setdefault((to, self._done[peer]), []).append(peer)
         for (to, leaving), peers in together.items():
-            for start in range(0, len(peers), NAMES_MAX):
-                names = " ".join(peers[start : start + NAMES_MAX])
+            count = NAMES_CHARS_MAX // (max(map(len, peers)) + 1)
+            for start in range(0, len(peers), count):
+                names = " ".join(peers[start : start + count])
                 self._tell(to, Message("~done", fields={"peer": names, "leaving": leaving}))
 
     def complete(self, near: Iterable[PeerId], living: Collection[PeerId], leaving: bool) -> bool:

@@ -24,7 +24,7 @@ VOID_ABOVE = 0.02
 REASON_CHARS_MAX = 300
 LAGS_PER_EVENT = 10
 QUIET_PERIODS = 10
-"""From one line about a link that was never full to its next, where there are many."""
+"""From one line about a link that is never full to its next, where there are many."""
 
 
 @dataclass
@@ -51,8 +51,9 @@ class Journal:
         self._now = now
         self._lags = 0
         self._many = len(topology.peers) > FEW
-        self._quiet: dict[PeerId, tuple[int, tuple[float, bool] | None]] = {}
-        """For how many periods more a link that stays as it was is not worth a line."""
+        self._periods = 0
+        self._stood: dict[PeerId, tuple[float, bool]] = {}
+        """How long each link had been full, and whether it was up, in the last line about it."""
 
     def write(self, event: Event) -> None:
         self._log.write(event)
@@ -119,20 +120,20 @@ class Journal:
         self._log.write(runlog.Refuse(t=self._now(), peer=peer, reason=reason))
 
     def links(self, connections: Mapping[PeerId, Connection], interval_s: float) -> None:
-        """Of a peer among few, all of them every time; else a quiet one now and then."""
+        """A line about each link; where there are many, now and then about those that are as they were."""
+        self._periods += 1
+        calm = self._many and self._periods % QUIET_PERIODS > 0
         for peer, connection in connections.items():
-            session = connection.session
-            full_s, up = connection.full_s, connection.connected
-            age, before = self._quiet.get(peer, (0, None))
-            if age and self._many and (full_s, up) == before and not session.queued_bytes:
-                self._quiet[peer] = age - 1, before
+            stands = connection.full_s, connection.connected
+            if calm and self._stood.get(peer) == stands:
                 continue
-            self._quiet[peer] = QUIET_PERIODS - 1, (full_s, up)
+            self._stood[peer] = stands
+            session = connection.session
             self._log.write(
                 runlog.Link(
                     t=self._now(),
                     peer=peer,
-                    up=up,
+                    up=stands[1],
                     rate_bps=round(connection.rate_bps, 1),
                     available_bps=self.available_bps(peer),
                     rtt_s=round(connection.rtt_s, 6),
@@ -140,7 +141,7 @@ class Journal:
                     queued=session.queued_bytes,
                     sent_bytes=session.sent_bytes,
                     acked_bytes=session.acked_bytes,
-                    saturated=round(self.meter.saturated(peer, full_s, interval_s), 3),
+                    saturated=round(self.meter.saturated(peer, stands[0], interval_s), 3),
                     shown_bytes=session.estimate.shown_bytes,
                     shown_s=round(session.estimate.shown_s, 6),
                 )

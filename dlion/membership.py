@@ -85,11 +85,14 @@ class Membership:
         cloud_of, near = self.topology.cloud_of, self.plan.neighbours(neighbour)
         home = cloud_of(self.me)
         mate = cloud_of(neighbour) == home
+        alike = mate and len(near) <= len(self.plan.mates.get(neighbour, ()))  # who has no bridge is told as all such
 
         def carried(peer: PeerId, teller: PeerId) -> bool:
             return peer not in near and not (mate and teller != self.me and cloud_of(teller) == home)
 
-        return self.roster.news_for(neighbour, self._lost if self.topology.talk == "mesh" else carried)
+        if self.topology.talk == "mesh":
+            return self.roster.news_for(neighbour, self._lost)
+        return self.roster.news_for(neighbour, carried, home if alike else None)
 
     def _lost(self, peer: PeerId, teller: PeerId) -> bool:
         return self.roster.records[peer].silent if self.lost is None else peer in self.lost

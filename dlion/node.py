@@ -89,6 +89,7 @@ class Node:
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS)
         known, cuts = frozenset(topology.peers), self.keeper.cuts
         self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, cuts=cuts)
+        exchange.awaited = pace.waits
         if pace.staged:
             self.replica.stage()
         self.company.porch.refusal = lambda: self.replica.newcomers.refusal
@@ -98,8 +99,7 @@ class Node:
         self._own_pending = False
         self._outcome = Outcome()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._stopping = ""
-        self._leaving = False
+        self._stopping, self._leaving = "", False
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -254,8 +254,8 @@ class Node:
         waits = Waits()
         while not self._stopping:
             self.company.porch.check(self.replica.newcomers.unsure)
-            progress = Progress(self.step - 1, self.company.porch.progress(self.replica.applied))
-            verdict = "wait" if self._own_pending else self.pace.may_start(self.step, progress)
+            applied = self.company.porch.progress(self.replica.applied) if self.pace.waits else {}
+            verdict = "wait" if self._own_pending else self.pace.may_start(self.step, Progress(self.step - 1, applied))
             reason = "room" if self._own_pending else "pace" if verdict == "wait" else "strategy"
             if reason == "strategy" and self._outcome.ready:
                 if isinstance(verdict, int):

@@ -89,9 +89,9 @@ class LinkView:
     """What the link can take now without building a queue; falls as the current hook sends."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Member:
-    """A living peer (ourselves included), as last heard of."""
+    """A living peer (ourselves included), as last heard of. Read-only for strategies."""
 
     peer: PeerId
     cloud: str
@@ -175,6 +175,8 @@ class Exchange:
     goes on beside that."""
     sums: bool = False
     """True: what is passed on may be summed with what comes later. Set to False where additions are put in order."""
+    awaited: bool = True
+    """False: nobody's pace waits until it hears of others' steps, so a message need not name all that it sums."""
     consensus: bool = False
     """True: after a drain all replicas agree to rounding. May depend on the settings."""
     speaks: ClassVar[Speech] = {}

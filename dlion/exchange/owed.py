@@ -18,8 +18,8 @@ from dlion.messages import PeerId, Span
 from dlion.selection import Spectrum
 from dlion.tensors import Flat, Layout, add_scaled
 
-SPANS_MAX = 32
-"""Named in one message; of more, a quarter. The others' turn comes with the next ones."""
+SPANS_MAX = 16
+"""Named in one message; of more, a quarter if somebody waits to hear of them. The others' turn comes with the next."""
 
 
 class Piece:
@@ -62,13 +62,14 @@ class Piece:
 
 
 class Owed:
-    """An account of one neighbour. ``size``: entries of the model.
+    """An account of one neighbour. ``size``: entries of the model; ``awaited``: a pace waits to hear whose steps came.
 
     As long as it holds a single update it only refers to it (``only``); a second one, or saying a part, makes a sum.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, awaited: bool = True) -> None:
         self.size = size
+        self.awaited = awaited
         self.only: Piece | None = None
         self.cursor = (0, 1)
         """Where a strategy that says partitions in turn is: (next, of how many)."""
@@ -94,7 +95,7 @@ class Owed:
         """Whose steps were added since they were last named; of many, those whose turn it is."""
         named: Iterable[tuple[PeerId, tuple[int, int]]] = self._spans.items()
         if len(self._spans) > SPANS_MAX:
-            named = islice(named, max(SPANS_MAX, -(-len(self._spans) // 4)))
+            named = islice(named, max(SPANS_MAX, -(-len(self._spans) // 4) if self.awaited else 0))
         return tuple(Span(peer, first, last) for peer, (first, last) in sorted(named))
 
     @property
@@ -166,7 +167,7 @@ class Owed:
 
     def twin(self) -> Owed:
         """An account of another neighbour that is owed the same."""
-        made = Owed(self.size)
+        made = Owed(self.size, awaited=self.awaited)
         made.only, made.cursor, made.cloud = self.only, self.cursor, self.cloud
         made.unsaid = self.size if self else 0
         made._sum = None if self._sum is None else self._sum.copy()
@@ -184,9 +185,9 @@ class Owed:
         }
 
     @classmethod
-    def of(cls, size: int, me: PeerId, state: Mapping[str, Any]) -> Owed:
+    def of(cls, size: int, me: PeerId, state: Mapping[str, Any], *, awaited: bool = True) -> Owed:
         """Inverse of ``state``, on the peer ``me``."""
-        made = cls(size)
+        made = cls(size, awaited=awaited)
         if state["sum"] is not None:
             held = state["sum"]
             made.only = Piece(held if isinstance(held, Block) else np.array(held, dtype=np.float32), me, size)

@@ -26,11 +26,13 @@ class Progress:
 
 
 class Pace:
-    """Base: never waits."""
+    """Base: never waits, unless told when."""
 
     name = "free"
     staged = False
     """True: Adds become visible only at the barrier, in order of origin."""
+    waits = True
+    """False: never for others, and their steps need not be told."""
 
     def may_start(self, step: int, progress: Progress) -> Verdict:
         return "run"
@@ -38,6 +40,8 @@ class Pace:
 
 class Free(Pace):
     """Nobody waits for anybody."""
+
+    waits = False
 
 
 class Lockstep(Pace):

@@ -26,7 +26,7 @@ CROWD_MIN = 5
 SUMS_PER_STEP = 4
 """What a bridge says per own step, at most (four times as much in the end); and in which part of a step it gathers what
 was said at the same time."""
-GATHER_SHARE = 1 / 64
+GATHER_SHARE = 1 / 16
 FIRST_STEP_S = 1.0
 """Taken for a step before we have done one."""
 CALM_S = 15.0
@@ -169,7 +169,9 @@ class Spread(Exchange):
         """The account on which ``peer`` is owed updates of ``cloud``."""
         link = ctx.links.get(peer) or ctx.silent[peer]
         passing = link.cloud == ctx.cloud != cloud
-        owed = self.owed.setdefault((peer, passing), Owed(ctx.layout.size))
+        owed = self.owed.get((peer, passing))
+        if owed is None:
+            owed = self.owed[peer, passing] = Owed(ctx.layout.size, awaited=self.awaited)
         owed.cloud = cloud if passing else ctx.cloud
         return owed
 
@@ -245,7 +247,8 @@ class Spread(Exchange):
         return {"owed": owed, "last": dict(self._last), "beside": set(self._beside)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
-        self.owed = {account: Owed.of(ctx.layout.size, ctx.me, held) for account, held in state["owed"].items()}
+        size, awaited = ctx.layout.size, self.awaited
+        self.owed = {a: Owed.of(size, ctx.me, held, awaited=awaited) for a, held in state["owed"].items()}
         self._last, self._beside = dict(state["last"]), set(state["beside"])
 
     @property

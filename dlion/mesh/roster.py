@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -29,8 +29,11 @@ FEW = 8
 """Up to so many other peers, each speaks once a period; of more, each speaks the less often."""
 NEWSWORTHY = 0.05
 """A relative change of compute power that does not wait for the next beat."""
-NEWS_RECORDS_MAX = 16
-"""Records in one message: its text stays below what a field may hold."""
+NEWS_RECORDS_MAX = 128
+NEWS_CHARS_MAX = 4000
+"""Of the text in one message: what a field may hold."""
+TEXTS_KEPT = 1024
+"""Of all nodes of a process: mates are told the same text, and hold the same records."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 53) - 1)]
 
 
@@ -82,13 +85,23 @@ _encode = msgspec.json.Encoder(enc_hook=_plain).encode
 _decode = msgspec.json.Decoder(list[Record]).decode
 
 
-def news_texts(records: Sequence[Record]) -> list[str]:
-    """``records`` as texts of at most NEWS_RECORDS_MAX each."""
-    starts = range(0, len(records), NEWS_RECORDS_MAX)
-    return [_encode(records[start : start + NEWS_RECORDS_MAX]).decode() for start in starts]
+def news_texts(records: Iterable[Record]) -> list[str]:
+    """``records`` as texts of at most NEWS_CHARS_MAX and NEWS_RECORDS_MAX each."""
+    texts: list[str] = []
+    held: list[str] = []
+    room = NEWS_CHARS_MAX
+    for record in records:
+        piece = _encode(record).decode()
+        room -= len(piece) + 1
+        if held and (room < 2 or len(held) == NEWS_RECORDS_MAX):
+            texts.append(f"[{','.join(held)}]")
+            held, room = [], NEWS_CHARS_MAX - len(piece) - 1
+        held.append(piece)
+    return [*texts, f"[{','.join(held)}]"] if held else texts
 
 
-def records_of(text: str) -> list[Record]:
+@lru_cache(maxsize=TEXTS_KEPT)
+def records_of(text: str) -> Sequence[Record]:
     """The records in one text of ``news_texts``; raises ValueError for anything else."""
     records = _decode(text)
     if len(records) > NEWS_RECORDS_MAX:
@@ -96,8 +109,7 @@ def records_of(text: str) -> list[Record]:
     return records
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, gc=False):
     """One change of state, for the log and the strategy."""
 
     peer: PeerId
@@ -119,7 +131,7 @@ class Roster:
         self._beat_at = -math.inf
         self._near_at: dict[PeerId, float] = {}
         """When bytes last came from those who have a link to us."""
-        self._look_at = -math.inf
+        self.look_at = -math.inf
         """Nobody can have been silent for too long before."""
         self.states: dict[PeerId, State] = dict.fromkeys(self.records, State.EXPECTED)
         self.records[me.peer] = me
@@ -131,6 +143,9 @@ class Roster:
         """Which neighbour told us of it."""
         self._told: dict[PeerId, int] = {}
         """Up to which number each neighbour was told."""
+        self._gathered: dict[tuple[int, str], list[Record]] = {}
+        """The news since a number, for one side; as of ``_gathered_at`` changes."""
+        self._gathered_at = 0
         self.changes = 0
         """Grows with every change of a record."""
         self.rated = 0
@@ -160,12 +175,14 @@ class Roster:
         self._note(self.me, self.me.peer)
         return self.me
 
-    def beat(self, now: float, **own: int | float) -> None:
-        """Speak, if a beat is due or our compute power has become another."""
+    def beat(self, now: float, **own: int | float) -> bool:
+        """Speak, if a beat is due or our compute power has become another. Did we?"""
         told = self.me.samples_per_s
-        if now >= self._beat_at or abs(own["samples_per_s"] - told) > NEWSWORTHY * told:
+        due = now >= self._beat_at or abs(own["samples_per_s"] - told) > NEWSWORTHY * told
+        if due:
             self._beat_at = now + self.beat_s
             self.speak(**own)
+        return due
 
     def _note(self, record: Record, teller: PeerId) -> None:
         known = self.records[record.peer]
@@ -181,7 +198,7 @@ class Roster:
     def hear(self, record: Record, teller: PeerId, now: float) -> Change | None:
         """News of a peer, told by itself or by another. Returns the change of state it makes, if any."""
         known = self.records.get(record.peer)
-        if known is None or record.stamp <= known.stamp:
+        if known is None or record is known or record.stamp <= known.stamp:
             return None
         if record.peer == self.me.peer:
             if record.silent and record.incarnation == known.incarnation:
@@ -219,19 +236,24 @@ class Roster:
 
     def near(self, peer: PeerId, at: float) -> Change | None:
         """Bytes came from ``peer`` over its link to us at the time ``at``, not long ago."""
-        self._near_at[peer] = at
+        self.spoke(peer, at)
         if self.states[peer] in LIVING:
             self._heard(peer, at)
             return None
         return self.alive(peer, self.records[peer].incarnation, at)
+
+    def spoke(self, peer: PeerId, at: float) -> None:
+        """Its link to us brought something at the time ``at``, whatever we make of that."""
+        self._near_at[peer] = at
 
     def hears(self, peer: PeerId, now: float) -> bool:
         """Does ``peer`` itself speak to us?"""
         return now - self._near_at.get(peer, -math.inf) <= self.silent_after_s
 
     def _heard(self, peer: PeerId, at: float) -> None:
-        self._heard_at[peer] = max(at, self._heard_at.get(peer, at))
-        self._look_at = min(self._look_at, at + self.silent_after_s)
+        if at >= self._heard_at.get(peer, at):
+            self._heard_at[peer] = at
+        self.look_at = min(self.look_at, at + self.silent_after_s)
 
     def _patience_s(self, peer: PeerId) -> float:
         return self.silent_after_s if peer in self._near_at else self._far_silent_after_s
@@ -260,31 +282,42 @@ class Roster:
         self._near_at.pop(peer, None)
         if peer in self._heard_at:
             self._heard_at[peer] = min(self._heard_at[peer], now - self._patience_s(peer) + patience_s)
-            self._look_at = min(self._look_at, now)
+            self.look_at = min(self.look_at, now)
 
     def age(self, now: float, lag_s: float = 0.0) -> list[Change]:
         """Who has been silent for too long; ``lag_s`` is our own loop's lateness, which is not their silence."""
-        if now - lag_s <= self._look_at:
+        if now - lag_s <= self.look_at:
             return []
         ends = {p: at + self._patience_s(p) for p, at in self._heard_at.items() if self.states[p] in LIVING}
         late = [p for p in sorted(ends) if now - lag_s > ends[p]]
-        self._look_at = min((end for p, end in ends.items() if p not in late), default=math.inf)
+        self.look_at = min((end for p, end in ends.items() if p not in late), default=math.inf)
         for peer in late:
             self._note(replace(self.records[peer], silent=True), self.me.peer)
         return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in late]
 
-    def news_for(self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool]) -> list[Record]:
+    def news_for(
+        self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool], side: str | None = None
+    ) -> list[Record]:
         """Records that changed since ``neighbour`` was last told, the newest first: our own, and those of peers that
-        we have to carry to it, ``carried(peer, teller)``. Costs as much as there is news, not as there are peers."""
+        we have to carry to it, ``carried(peer, teller)``. Costs as much as there is news, not as there are peers.
+
+        Neighbours of one ``side`` are carried the same and gathered for once: they get the very same list.
+        """
+        if self._gathered_at != self.changes:
+            self._gathered_at = self.changes
+            self._gathered.clear()
         told, me = self._told.get(neighbour, 0), self.me.peer
-        news = []
-        for peer, number in reversed(self._news.items()):
-            if number <= told:
-                break
-            teller = self._teller[peer]
-            if peer == me or (neighbour not in (peer, teller) and carried(peer, teller)):
-                news.append(self.records[peer])
         self._told[neighbour] = self.changes
+        key = told, neighbour if side is None else side
+        news = self._gathered.get(key)
+        if news is None:
+            news = self._gathered[key] = []
+            for peer, number in reversed(self._news.items()):
+                if number <= told:
+                    break
+                teller = self._teller[peer]
+                if peer == me or (neighbour not in (peer, teller) and carried(peer, teller)):
+                    news.append(self.records[peer])
         return news
 
     def _turn(self, peer: PeerId, state: State, why: str) -> Change:
