@@ -14,12 +14,12 @@ import numpy as np
 
 from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context
-from dlion.farewell import DONE_FIELDS, Farewell, names_of
+from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell, names_of
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
 from dlion.membership import Membership
-from dlion.mesh.roster import LIVING, STATUS_FIELDS, Change, Record, State, news_texts, records_of
+from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Neighbours
@@ -34,7 +34,7 @@ from dlion.wire.codec import encode
 NODE_KINDS: Kinds = {
     "~status": STATUS_FIELDS,
     "~done": DONE_FIELDS,
-    "~bye": {},
+    "~bye": BYE_FIELDS,
     "~refused": {"reason": str},
     MARK: MARK_FIELDS,
     **NEWCOMER_KINDS,
@@ -75,16 +75,17 @@ class Company:
         self.membership = Membership(me, topology, settings.suspect_after_s, settings.status_every_s)
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
         self.neighbours.ways = self.membership.ways_to
-        self.farewell = Farewell(identity.peer, self.tell, self.membership.onward)
+        self.farewell = Farewell(self.membership, self.neighbours.connections, self.tell)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
+        self.lags = False
+        """It owes what goes by an older plan than ours, or may."""
         self._me = identity.peer
         self._topology = topology
         self._settings = settings
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
         self._last_refusal = ""
-        self._seeking = True
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
@@ -161,8 +162,7 @@ class Company:
         self._early.clear()
 
     def rest(self) -> None:
-        """Training is over: look for nobody new."""
-        self._seeking = False
+        """Training is over: show nobody in."""
         self.porch.open_until = -math.inf
 
     def close(self) -> None:
@@ -174,8 +174,8 @@ class Company:
     def show(self, ctx: Context) -> None:
         """The strategy's picture of members and links, brought up to date while its lane rests."""
         connections = self.neighbours.connections
-        anew = self.membership.show(ctx, connections)
-        for peer, view in ctx.links.items():
+        anew = self.membership.show(ctx, connections, [p for p, c in connections.items() if c.connected])
+        for peer, view in [*ctx.links.items(), *ctx.former.items()]:
             connection = connections[peer]
             if not (connection.moved or anew):
                 continue
@@ -225,30 +225,23 @@ class Company:
 
     def _pass_on_together(self) -> None:
         self._parting = None
-        self.pass_on()
+        self.farewell.pass_on(self.owes)
 
-    def pass_on(self) -> None:
-        """Last words go on behind what they must not overtake."""
-        if not self.owes:
-            self.farewell.pass_on()
+    def see_off(self) -> None:
+        """Those of who leaves overtake all, and goodbyes come back."""
+        self.farewell.pass_on(True)
+        self.farewell.answer(self.lags)
 
     def all_said(self, leaving: bool) -> bool:
         """Has everybody heard us, and (unless we leave the others to go on) said a last word?"""
-        self.pass_on()
-        connections, farewell = self.neighbours.connections, self.farewell
-        near = [
-            peer
-            for peer in self.membership.neighbours
-            if peer in connections and (connections[peer].connected or not farewell.finished(peer))
-        ]
-        roster = self.membership.roster
-        near = [peer for peer in near if roster.states[peer] in LIVING]
-        for peer in near:
-            if not connections[peer].session.heard:
-                connections[peer].ask()
+        self.farewell.pass_on(self.owes)
+        self.see_off()
+        unheard = [connection for connection in self.farewell.listeners if not connection.session.heard]
+        for connection in unheard:
+            connection.ask()
         if self.neighbours.passages and not leaving:
             return False
-        return all(connections[p].session.heard for p in near) and farewell.complete(near, roster.live, leaving)
+        return not unheard and self.farewell.complete(leaving)
 
     # -- hearing (neighbours.Listener) --------------------------------------------------------------------------
 
@@ -281,6 +274,10 @@ class Company:
         loop, patience_s = asyncio.get_running_loop(), self._settings.lost_after_s
         self.porch.down(peer, patience_s)
         self.membership.roster.lost(peer, loop.time(), patience_s)
+        if peer not in self.membership.neighbours:  # it was needed only for what goes by an older plan
+            self.membership.roster.version += 1
+            self._put(MembersChanged())
+            self._wake()
         self._journal.member(peer, "link lost", reason)
         if self._aging is not None:
             self._aging.cancel()
@@ -317,11 +314,11 @@ class Company:
             case "~done":
                 self._turn(*(self.membership.roster.finished(*last) for last in self.farewell.hear(message)))
                 if message.fields["leaving"]:
-                    self.pass_on()
+                    self.see_off()
                 elif self._parting is None:
                     self._parting = asyncio.get_running_loop().call_later(TOGETHER_S, self._pass_on_together)
             case "~bye":
-                self.farewell.bye(message.hop)
+                self.farewell.bye(message)
             case "~refused":
                 self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
 
@@ -389,9 +386,10 @@ class Company:
             if change.state is State.LEFT:
                 self.neighbours.forget(change.peer)
         self.membership.changed()
+        self.lags = True  # until the lane has looked
         if any(change.state is State.SILENT for change in changes):
             self._spread_news()
-        if self._seeking and self.neighbours.sponsor is None:
+        if self.neighbours.sponsor is None:
             self.neighbours.want(self.membership.sought)
         if self._seen != self.membership.roster.version:
             self._seen = self.membership.roster.version

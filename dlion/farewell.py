@@ -2,16 +2,27 @@
 
 Law: synchronous bookkeeping of who said a last word; the node sends and waits. A last word (``~done``) travels like
 its origin's updates, behind them, over the same routes, so whoever has it has all that came before it.
+
+Who leaves the others to go on is a bridge, maybe, until nobody needs it. Whoever hears that it leaves plans without it
+at once; what was said before goes on by the plan of before. So its last word goes out from neighbour to neighbour, and
+goodbyes (``~bye``) come back the same way: each says it when those to whom it passed the word on have said it, and when
+it owes nothing that goes by an older plan. (Waves of this kind: Dijkstra & Scholten, 1980; Segall, 1983.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from dlion.messages import Message, PeerId
+from dlion.membership import MET, Membership
+from dlion.mesh.roster import LIVING, State
+from dlion.messages import Message, PeerId, Stream
+from dlion.net.connection import Connection
 
-DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool}
-"""``peer``: the name, or several with spaces between them."""
+DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool, "plan?": str}
+"""``peer``: the name, or several with spaces between them. ``plan``: by whose routes it goes on."""
+BYE_FIELDS: Mapping[str, type] = {"peer": str}
+"""``peer``: to whom this is a goodbye."""
 NAMES_CHARS_MAX = 4000
 """In one message: what a field may hold."""
 
@@ -21,67 +32,136 @@ def names_of(message: Message) -> list[PeerId]:
     return [PeerId(name) for name in str(message.fields["peer"]).split(" ")]
 
 
+def _texts(peers: list[PeerId]) -> list[str]:
+    """Names as messages hold them."""
+    count = NAMES_CHARS_MAX // (max(map(len, peers), default=0) + 1)
+    return [" ".join(peers[start : start + count]) for start in range(0, len(peers), count)]
+
+
+@dataclass
+class Word:
+    """A last word on its way through us."""
+
+    peer: PeerId
+    came_from: PeerId | None
+    plan: str
+    leaving: bool
+    to: set[PeerId] | None = None
+    """Who was not told yet; None: the word did not go out yet."""
+    awaited: set[PeerId] = field(default_factory=set)
+    """Whose goodbye has not come back."""
+    over: bool = False
+    """We said ours, or need not."""
+
+
 class Farewell:
-    """Last words heard and to be passed on. ``tell(to, message)`` sends; ``onward(came_from, origin)`` routes."""
+    """Last words heard and to be passed on. ``tell(to, message)`` sends to those of whom there are ``connections``."""
 
     def __init__(
         self,
-        me: PeerId,
+        membership: Membership,
+        connections: Mapping[PeerId, Connection],
         tell: Callable[[tuple[PeerId, ...], Message], None],
-        onward: Callable[[PeerId | None, PeerId], tuple[PeerId, ...]],
     ) -> None:
-        self._me, self._tell, self._onward = me, tell, onward
-        self._done: dict[PeerId, bool] = {}
-        self._byes: set[PeerId] = set()
-        self._untold: list[tuple[PeerId, PeerId | None]] = []
+        self._membership, self._connections, self._tell = membership, connections, tell
+        self._words: dict[PeerId, Word] = {}
+        self._open: list[Word] = []
+        """Of these, those with which we have not done."""
 
     def say(self, leaving: bool) -> None:
         """Our own last word."""
-        self._done[self._me] = leaving
-        self._untold.append((self._me, None))
+        self._add(Word(self._membership.me, None, self._membership.plan_name, leaving, over=True))
+
+    def _add(self, word: Word) -> None:
+        self._words[word.peer] = word
+        self._open.append(word)
 
     def hear(self, message: Message) -> list[tuple[PeerId, bool]]:
-        """Last words: (who, does it leave) of those that are news. A leaver's neighbour says bye: on that link nothing
-        more will come."""
-        leaving = bool(message.fields["leaving"])
-        news = [peer for peer in names_of(message) if peer not in self._done]
+        """Last words: (who, does it leave) of those that are news."""
+        leaving, plan = bool(message.fields["leaving"]), str(message.fields.get("plan", ""))
+        news = [peer for peer in names_of(message) if peer not in self._words]
         for peer in news:
-            self._done[peer] = leaving
-            self._untold.append((peer, message.hop))
-            if leaving and message.hop == peer:
-                self._tell((peer,), Message("~bye"))
+            self._add(Word(peer, message.hop, plan, leaving, over=not leaving))
+        for peer in names_of(message) if leaving else ():
+            if peer not in news:  # it came over two ways: this one is none to wait for
+                self._tell((message.hop,), Message("~bye", fields={"peer": peer}))
         return [(peer, leaving) for peer in news]
 
-    def bye(self, peer: PeerId) -> None:
-        """``peer`` says nothing more on its link to us."""
-        self._byes.add(peer)
+    def bye(self, message: Message) -> None:
+        """Behind a neighbour of ours nobody needs that leaver any more."""
+        if (word := self._words.get(PeerId(str(message.fields["peer"])))) is not None:
+            word.awaited.discard(message.hop)
 
-    def pass_on(self) -> None:
-        """Carry last words on. Call only while nothing is owed that they must stay behind."""
-        together: dict[tuple[tuple[PeerId, ...], bool], list[PeerId]] = {}
-        untold, self._untold = self._untold, []
-        for peer, came_from in untold:
-            if to := self._onward(came_from, peer):
-                together.setdefault((to, self._done[peer]), []).append(peer)
-        for (to, leaving), peers in together.items():
-            count = NAMES_CHARS_MAX // (max(map(len, peers)) + 1)
-            for start in range(0, len(peers), count):
-                names = " ".join(peers[start : start + count])
-                self._tell(to, Message("~done", fields={"peer": names, "leaving": leaving}))
+    def _awaits(self, peer: PeerId) -> bool:
+        """May ``peer`` still say something to us?"""
+        state, connection = self._membership.roster.states[peer], self._connections.get(peer)
+        return state in LIVING or (state is State.LEFT and connection is not None and connection.connected)
 
-    def complete(self, near: Iterable[PeerId], living: Collection[PeerId], leaving: bool) -> bool:
-        """Has everything that we must wait for been said? A leaver waits for its neighbours' byes; when everybody
+    @property
+    def parting(self) -> bool:
+        """Somebody leaves, and others may still need it."""
+        states = self._membership.roster.states
+        return any(c.connected and states[p] is State.LEFT for p, c in self._connections.items())
+
+    @property
+    def listeners(self) -> list[Connection]:
+        """To those who must have heard us before we end."""
+        states, near = self._membership.roster.states, self._membership.neighbours
+        return [
+            connection
+            for peer, connection in self._connections.items()
+            if states[peer] in MET and (connection.connected or (peer in near and peer not in self._words))
+        ]
+
+    def pass_on(self, owes: bool) -> None:
+        """Carry last words on: those of who leaves at once, others only while nothing is owed (``owes``) that they must
+        stay behind. Those with whom there is no session yet are told when there is."""
+        together: dict[tuple[tuple[PeerId, ...], bool, str], list[PeerId]] = {}
+        for word in self._open:
+            if word.to is None and (word.leaving or not owes):
+                word.to = set(self._membership.onward(word.came_from, word.peer, word.plan))
+                word.awaited = set(word.to) if word.leaving else set()
+            if word.to:
+                now = tuple(sorted(word.to & self._connections.keys()))
+                hopeless = {p for p in word.to if p not in now and not self._awaits(p)}
+                word.to -= hopeless.union(now)
+                word.awaited -= hopeless
+                if now:
+                    together.setdefault((now, word.leaving, word.plan), []).append(word.peer)
+        for (to, leaving, plan), peers in together.items():
+            for names in _texts(peers):
+                more = {"plan": plan} if plan else {}
+                self._tell(to, Message("~done", fields={"peer": names, "leaving": leaving, **more}))
+
+    def answer(self, lags: bool) -> None:
+        """Say goodbye to leavers that nobody behind us needs any more. ``lags``: we still owe what goes by an older
+        plan."""
+        for word in self._open:
+            if not (word.over or lags) and self._answered(word):
+                word.over = True
+                assert word.came_from is not None
+                self._tell((word.came_from,), Message("~bye", fields={"peer": word.peer}))
+        self._open = [word for word in self._open if not word.over or word.to is None or word.to]
+
+    def _answered(self, word: Word) -> bool:
+        return word.to is not None and not word.to and not any(self._awaits(p) for p in word.awaited)
+
+    def complete(self, leaving: bool) -> bool:
+        """Has everything that we must wait for been said? A leaver waits for its neighbours' goodbyes; when everybody
         finishes, for everybody's last word."""
-        if self._untold:
+        words, membership = self._words, self._membership
+        if self._open:
             return False
         if leaving:
-            return all(peer in self._byes or peer in self._done for peer in near)
-        return len(self._done) >= len(living) and all(peer in self._done for peer in living if peer != self._me)
+            return self._answered(words[membership.me])
+        return all(peer in words for peer in membership.roster.live)
+
+    def left(self) -> list[Message]:
+        """Last words of those who have left, for who comes later."""
+        gone = [peer for peer, word in self._words.items() if word.leaving and peer != self._membership.me]
+        return [Message("~done", fields={"peer": n, "leaving": True}, stream=Stream.CONTROL) for n in _texts(gone)]
 
     def forget(self, peer: PeerId) -> None:
         """``peer`` is there again, in another life."""
-        self._done.pop(peer, None)
-        self._byes.discard(peer)
-
-    def finished(self, peer: PeerId) -> bool:
-        return peer in self._done
+        self._words.pop(peer, None)
+        self._open = [word for word in self._open if word.peer != peer]

@@ -156,6 +156,7 @@ class Outcome:
     """Float32 entries read or written: what the simulation charges for."""
     ready: bool = True
     owes: bool = False
+    lags: bool = False
     part: Part | None = None
     """Of a cut that is whole here."""
     entered: Entered | None = None

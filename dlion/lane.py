@@ -108,7 +108,7 @@ class Replica:
         if self._draining and not outcome.left:
             self._perform(self.exchange.drain(self.ctx), outcome)
             outcome.owes = self.exchange.owes(self.ctx)
-        outcome.ready = self.exchange.ready(self.ctx.step, self.ctx)
+        outcome.ready, outcome.lags = self.exchange.ready(self.ctx.step, self.ctx), self.exchange.lags(self.ctx)
         if why := self._cuts.give_up(now, self.ctx.links):
             outcome.events.append(Refuse(t=now, peer=self.ctx.me, reason=why))
         outcome.part = self._cuts.done()
@@ -125,7 +125,7 @@ class Replica:
             case Update() | Rest():
                 return self._step(item, outcome)
             case Writable():
-                if (link := ctx.links.get(item.peer)) is not None:
+                if (link := ctx.links.get(item.peer) or ctx.former.get(item.peer)) is not None:
                     self._perform(exchange.on_writable(link, ctx), outcome)
             case Fired():
                 self._timers.pop(item.key, None)
@@ -232,12 +232,12 @@ class Replica:
                     outcome.timers.append(action)
 
     def _send(self, action: Send, outcome: Outcome) -> None:
-        message = action.message
+        message, ctx = action.message, self.ctx
         if not message.origin:
-            message = replace(message, origin=self.ctx.me)
+            message = replace(message, origin=ctx.me)
         body = encode(message)
-        for peer in action.to:
-            if (link := self.ctx.links.get(peer)) is not None and message.stream is not Stream.CONTROL:
+        for peer in action.to if message.stream is not Stream.CONTROL else ():
+            if (link := ctx.links.get(peer) or ctx.former.get(peer)) is not None:
                 link.writable_bytes = max(0, link.writable_bytes - len(body))
         self._cuts.said(action.to, message.stream)
         outcome.sends.append(Spoken(action.to, body, message, action.budgets_bytes))

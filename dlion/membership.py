@@ -6,13 +6,17 @@ keeps the strategy's picture (``Context``) up to date, but only when the exchang
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
 
 from dlion.exchange.base import Context, LinkView, Member
-from dlion.mesh.bridges import Plan, shared_plan
-from dlion.mesh.roster import COUNTED, Record, Roster, State
+from dlion.mesh.bridges import PeerRoutes, Plan, left_of, name_of, shared_plan
+from dlion.mesh.roster import COUNTED, LIVING, Record, Roster, State
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
+
+MET = (*LIVING, State.LEFT)
+"""To whom something may still have to be said, neighbour or not."""
 
 
 class Membership:
@@ -24,6 +28,10 @@ class Membership:
         self.roster = Roster(me, topology.peers, silent_after_s, period_s)
         self._held: dict[str, list[PeerId]] = {}
         """Who of each micro-cloud counted when one of it last did."""
+        self._left: frozenset[PeerId] = frozenset()
+        self._back: frozenset[PeerId] = frozenset()
+        """Who had left and came again: plans in which they are gone are over."""
+        self.plan_name = ""
         self.plan: Plan = self._replan()
         self._planned = self.roster.shape
         self.lost: frozenset[PeerId] | None = None
@@ -40,27 +48,45 @@ class Membership:
 
     def _replan(self) -> Plan:
         """Bridges among the living; before the start all that are expected count, so that everybody plans alike."""
-        return self._plan_with(None)
-
-    def _plan_with(self, newcomer: PeerId | None) -> Plan:
-        """The plan, should ``newcomer`` count too. A micro-cloud of which nobody is heard keeps its bridges, on which
-        it is owed what is said meanwhile, to those who were heard last."""
-        states, cloud_of, held = self.roster.states, self.topology.cloud_of, []
-        counted = [p for p, state in states.items() if state in COUNTED or p == newcomer]
+        states = dict(self.roster.states)
+        left = frozenset(p for p, state in states.items() if state is State.LEFT)
         if self.topology.talk != "mesh":
-            heard: dict[str, list[PeerId]] = {}
-            for peer in counted:
-                heard.setdefault(cloud_of(peer), []).append(peer)
-            if newcomer is None:
-                self._held.update(heard)
-            last = (peers for cloud, peers in self._held.items() if cloud not in heard)
-            held = [p for peers in last for p in peers if states[p] is State.SILENT]
-        silent = [p for p, state in states.items() if state is State.SILENT and p != newcomer]
-        return shared_plan(self.topology, sorted({*counted, *held}), silent)
+            for cloud, peers in self._counted(states).items():
+                self._held[cloud] = peers
+            self._back = (self._back | self._left) - left
+            self._left, self.plan_name = left, name_of(left, self.topology)
+        self._named = lru_cache(maxsize=8)(partial(self._plan_named, states, dict(self._held), self._back))
+        return self._plan_of(states, self._held)
+
+    def _counted(self, states: Mapping[PeerId, State]) -> dict[str, list[PeerId]]:
+        """Of each micro-cloud those who count."""
+        found: dict[str, list[PeerId]] = {}
+        for peer, state in states.items():
+            if state in COUNTED:
+                found.setdefault(self.topology.cloud_of(peer), []).append(peer)
+        return found
+
+    def _plan_of(self, states: Mapping[PeerId, State], held: Mapping[str, list[PeerId]]) -> Plan:
+        """The plan when these are the states. A micro-cloud of which nobody is heard keeps its bridges, on which it is
+        owed what is said meanwhile, to those who were heard last."""
+        counted = self._counted(states)
+        found = {p for peers in counted.values() for p in peers}
+        silent = [p for p, state in states.items() if state is State.SILENT]
+        if self.topology.talk != "mesh":
+            found.update(p for cloud, peers in held.items() if cloud not in counted for p in peers if p in silent)
+        return shared_plan(self.topology, sorted(found), silent)
+
+    def _plan_named(
+        self, states: Mapping[PeerId, State], held: Mapping[str, list[PeerId]], back: frozenset[PeerId], name: str
+    ) -> Plan:
+        """The plan of somebody for whom others have left than for us. Called in the exchange lane too."""
+        left = left_of(name, self.topology) - back
+        there = {p: State.LIVE for p, state in states.items() if state is State.LEFT}
+        return self._plan_of({**states, **there, **dict.fromkeys(left, State.LEFT)}, held)
 
     def would_bridge(self, peer: PeerId) -> bool:
         """Would a bridge move if ``peer``, which does not count now, did?"""
-        return self._plan_with(peer).bridges != self.plan.bridges
+        return self._plan_of({**self.roster.states, peer: State.LIVE}, self._held).bridges != self.plan.bridges
 
     @property
     def neighbours(self) -> tuple[PeerId, ...]:
@@ -76,8 +102,13 @@ class Membership:
                 found.update(p for p in topology.clouds[cloud] if states[p] is State.SILENT)
         return tuple(sorted(found))
 
-    def onward(self, came_from: PeerId | None, origin: PeerId) -> tuple[PeerId, ...]:
-        return self.plan.onward(self.me, came_from, self.topology.cloud_of(origin))
+    def onward(self, came_from: PeerId | None, origin: PeerId, plan: str) -> tuple[PeerId, ...]:
+        """Who must hear from us what ``origin`` said under the plan of that name."""
+        return self._routes.onward(came_from, self.topology.cloud_of(origin), plan)
+
+    @property
+    def _routes(self) -> PeerRoutes:
+        return PeerRoutes(self.plan, self.me, self.plan_name, self._named)
 
     def news(self, neighbour: PeerId) -> list[Record]:
         """What to tell ``neighbour``: our own record, and those of peers to which it has no link. What one of our
@@ -97,7 +128,7 @@ class Membership:
     def _lost(self, peer: PeerId, teller: PeerId) -> bool:
         return self.roster.records[peer].silent if self.lost is None else peer in self.lost
 
-    def show(self, ctx: Context, met: Collection[PeerId]) -> bool:
+    def show(self, ctx: Context, met: Collection[PeerId], connected: Iterable[PeerId]) -> bool:
         """Bring ``ctx`` up to date; True when its links are new. Called between two batches of the exchange lane."""
         roster, topology = self.roster, self.topology
         fresh, roster.fresh = roster.fresh, {}
@@ -106,13 +137,14 @@ class Membership:
             return False
         self._shown = roster.version
         live = roster.live
-        ctx.routes = self.plan.routes(self.me)
+        ctx.routes = self._routes
         known_members = ctx.members
         ctx.members = {p: known_members[p] if p in known_members and p not in fresh else self._member(p) for p in live}
-        known = {**ctx.silent, **ctx.links}
+        known = {**ctx.silent, **ctx.former, **ctx.links}
+        here = [p for p in connected if roster.states[p] in MET and p not in roster.guests]
         links = {
             p: known.get(p) or LinkView(p, topology.cloud_of(p), topology.lan(self.me, p))
-            for p in sorted({*known, *self.neighbours})
+            for p in sorted({*known, *here, *self.neighbours})
         }
         near = {p for p in self.neighbours if p in ctx.members}
         ctx.links = {p: link for p, link in links.items() if p in near and p in met}
@@ -121,6 +153,7 @@ class Membership:
             for p, link in links.items()
             if roster.states[p] is State.SILENT or (p in near and p not in met)  # a bridge moved: it is being dialled
         }
+        ctx.former = {p: links[p] for p in sorted(here) if p not in ctx.links and p not in ctx.silent}
         return True
 
     def _member(self, peer: PeerId) -> Member:

@@ -308,9 +308,8 @@ class Node:
         return 4 * outcome.scanned * s.exchange_s_per_byte + (items - len(outcome.left)) * s.exchange_s_per_item
 
     def _perform(self, outcome: Outcome) -> None:
-        company = self.company
-        self._outcome = outcome
-        company.owes = outcome.owes
+        company, self._outcome = self.company, outcome
+        company.owes, company.lags = outcome.owes, outcome.lags
         for spoken in outcome.sends:
             company.say(*spoken)
         for timer in outcome.timers:
@@ -323,6 +322,7 @@ class Node:
             company.refuse(peer, reason)
         for message in outcome.notices:
             company.notice(message)
+        company.see_off()
         self.keeper.hand_over(outcome.part)
         company.porch.entered = outcome.entered or company.porch.entered
 
@@ -380,7 +380,7 @@ class Node:
         try:
             async with asyncio.timeout(self.settings.drain_s):
                 await self._settle()
-                while self._outcome.owes:
+                while self._outcome.owes or (self.company.farewell.parting and not self._leaving):
                     await self._change()
                 self.company.farewell.say(self._leaving)
                 while not self.company.all_said(self._leaving) or self._outcome.owes or self._inbox or self._busy:  # noqa: ASYNC110 - acknowledgements wake nobody

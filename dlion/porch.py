@@ -262,6 +262,8 @@ class Porch:
         ]
         for text in news_texts(known):
             self._tell((guest,), Message("~status", fields={"news": text}, stream=Stream.CONTROL))
+        for message in self._farewell.left():
+            self._tell((guest,), message)
         self._tell((guest,), Message(READY, stream=Stream.CONTROL))
 
     def _show_in(self, guest: PeerId) -> None:

@@ -52,10 +52,12 @@ class Noise:
 
 
 class Everybody:
+    name = ""
+
     def __init__(self, peers: tuple[PeerId, ...]) -> None:
         self._peers = peers
 
-    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
+    def onward(self, came_from: PeerId | None, origin_cloud: str, plan: str | None = None) -> tuple[PeerId, ...]:
         return self._peers if came_from is None else ()
 
 

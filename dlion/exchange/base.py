@@ -111,8 +111,16 @@ class Routes(Protocol):
     def mesh(self) -> bool:
         """True: everybody tells everybody, and nothing is passed on."""
 
-    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
-        """Neighbours that must hear an update of ``origin_cloud`` which came from ``came_from`` (None: our own)."""
+    @property
+    def name(self) -> str:
+        """Of the plan that they are part of: who has left. A word travels by the plan under which it was first said."""
+
+    def onward(self, came_from: PeerId | None, origin_cloud: str, plan: str | None = None) -> tuple[PeerId, ...]:
+        """Neighbours that must hear an update of ``origin_cloud`` which came from ``came_from`` (None: our own), by
+        the plan of that name (None: the present one)."""
+
+    def downstream(self, to: PeerId, origin_cloud: str, plan: str | None = None) -> frozenset[tuple[PeerId, PeerId]]:
+        """All links (from, to) over which an update of ``origin_cloud`` goes on from ``to``, when we say it there."""
 
 
 @dataclass
@@ -140,6 +148,9 @@ class Context:
     silent: dict[PeerId, LinkView] = field(default_factory=dict)
     """Neighbours that are dead, merely cut off, or not connected yet: nothing can be said to them now, they may come
     (as they were), and who promises that nothing is lost keeps what they are owed."""
+
+    former: dict[PeerId, LinkView] = field(default_factory=dict)
+    """Connected peers that are neighbours no more: what was first said under an earlier plan may have to go there."""
 
     @property
     def share(self) -> float:
@@ -225,6 +236,10 @@ class Exchange:
 
     def owes(self, ctx: Context) -> bool:
         """True while ``drain`` has more to say to a living neighbour (or waits for one)."""
+        return False
+
+    def lags(self, ctx: Context) -> bool:
+        """True while something that was first said under an earlier plan has to be passed on."""
         return False
 
     # -- newcomers (``dlion.newcomers``) -------------------------------------------------------------------------

@@ -37,7 +37,8 @@ told by their steps, but sums have no twins."""
 class Spread(Exchange):
     """Base: every own update to all, weighed by the share of the global batch. Subclasses choose what to ``say``."""
 
-    speaks: ClassVar[Speech] = {"update": {"cloud": str}}
+    speaks: ClassVar[Speech] = {"update": {"cloud": str, "plan?": str}}
+    """``plan``: by whose routes it goes on, where these are not those that everybody began with."""
     additive: ClassVar[tuple[str, ...]] = ("update",)
     ahead = True
     keep = True
@@ -49,6 +50,9 @@ class Spread(Exchange):
 
     def __init__(self) -> None:
         self.owed: dict[Account, Owed] = {}
+        self._elder: dict[tuple[str, PeerId, str], Owed] = {}
+        """What goes on by another plan than the present one: its name, to whom, from which micro-cloud's side."""
+        self._plan = ""
         self._last: dict[PeerId, int] = {}
         """Last step of each origin that was added here."""
         self._beside: set[PeerId] = set()
@@ -118,10 +122,13 @@ class Spread(Exchange):
             self._calm_at = ctx.now + CALM_S
         self._living = set(ctx.members)
         self._crowded = sum(m.cloud == ctx.cloud for m in ctx.members.values()) >= CROWD_MIN
-        near = {*ctx.links, *ctx.silent}
-        told = near & set(ctx.routes.onward(None, ctx.cloud))
+        told = {*ctx.links, *ctx.silent} & set(ctx.routes.onward(None, ctx.cloud))
+        self._set_apart(ctx)
         self._move_accounts(told, ctx)
-        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in near}
+        there = {*ctx.members, *ctx.silent, *ctx.former}
+        self.owed = {account: owed for account, owed in self.owed.items() if account[0] in there}
+        for plan, peer, cloud in [key for key in self._elder if key[1] not in there]:
+            self._redirect(self._elder.pop((plan, peer, cloud)), plan, peer, cloud, ctx)
         fresh = sorted((told & ctx.links.keys()) - self._beside) if self._last else []
         self._beside = told & (ctx.links.keys() | self._beside)
         nothing = Piece(exact(np.zeros(ctx.layout.size, dtype=np.float32)), ctx.me, ctx.layout.size)
@@ -131,22 +138,49 @@ class Spread(Exchange):
             self._account(peer, ctx.cloud, ctx).add(nothing, coverage)
         yield from self._tell([(peer, False) for peer in fresh], ctx)
 
+    def _set_apart(self, ctx: Context) -> None:
+        """Who left is in no route any more. What is owed so far goes on from neighbour to neighbour by the plan under
+        which it was begun; where the new plan makes a difference, that is said with it."""
+        before, self._plan = self._plan, ctx.routes.name
+        if before == self._plan:
+            return
+        for account, owed in list(self.owed.items()):
+            if owed and not self._alike(before, account[0], owed.cloud, ctx):
+                self._elder[before, account[0], owed.cloud] = self.owed.pop(account)
+
+    def _alike(self, plan: str, to: PeerId, cloud: str, ctx: Context) -> bool:
+        """Does what we say to ``to`` go on alike from there by that plan and by the present one?"""
+        routes = ctx.routes
+        return plan == routes.name or routes.downstream(to, cloud, plan) == routes.downstream(to, cloud)
+
     def _move_accounts(self, told: set[PeerId], ctx: Context) -> None:
         """What a former other end of a bridge is still owed, the new one is told."""
         seen: dict[PeerId, Member | LinkView] = {**ctx.members, **ctx.silent}
         ends = {link.cloud: peer for peer in sorted(told) if (link := ctx.links.get(peer) or ctx.silent[peer])}
-        for account in [a for a in self.owed if a[0] in seen and a[0] not in told and self.owed[a]]:
+        left = seen.keys() - told - ctx.former.keys()
+        for account in [a for a in self.owed if a[0] in left and self.owed[a]]:
             cloud = seen[account[0]].cloud
             if cloud != ctx.cloud and cloud in ends:
                 owed = self.owed.pop(account)
-                piece = owed.only or Piece(exact(owed.flat), ctx.me, ctx.layout.size)
-                self._account(ends[cloud], ctx.cloud, ctx).add(piece, owed.coverage)
+                self._account(ends[cloud], ctx.cloud, ctx).add(_piece(owed, ctx), owed.coverage)
+
+    def _redirect(self, owed: Owed, plan: str, gone: PeerId, cloud: str, ctx: Context) -> None:
+        """``gone`` left before there was a link to it: whoever is now the first of the same receivers hears it."""
+        routes = ctx.routes
+        meant = {gone, *(to for _, to in routes.downstream(gone, cloud, plan))} & ctx.members.keys()
+        for peer in routes.onward(None, ctx.cloud):
+            reached = {peer, *(to for _, to in routes.downstream(peer, cloud))} & ctx.members.keys()
+            if reached == meant and (_link(peer, ctx) or ctx.silent.get(peer)) is not None:
+                self._account(peer, cloud, ctx).add(_piece(owed, ctx), owed.coverage)
 
     def drain(self, ctx: Context) -> Iterable[Action]:
         return self._tell(list(self.owed), ctx, everything=True)
 
     def owes(self, ctx: Context) -> bool:
-        return any(bool(owed) for (peer, _), owed in self.owed.items() if peer in ctx.links)
+        return self.lags(ctx) or any(bool(owed) for (peer, _), owed in self.owed.items() if _link(peer, ctx))
+
+    def lags(self, ctx: Context) -> bool:
+        return any(_link(peer, ctx) is not None for _, peer, _ in self._elder)
 
     # -- the machinery -------------------------------------------------------------------------------------------
 
@@ -154,20 +188,31 @@ class Spread(Exchange):
         self, values: Flat | Block, coverage: tuple[Span, ...], ctx: Context, heard: Message | None = None
     ) -> Iterator[Action]:
         """Owe ``values`` to all who must hear them from us, and tell those whose links can take it."""
-        came_from, cloud = (heard.hop, str(heard.fields["cloud"])) if heard else (None, ctx.cloud)
+        came_from, cloud, plan = None, ctx.cloud, ctx.routes.name
+        if heard is not None:
+            came_from, cloud = heard.hop, str(heard.fields["cloud"])
+            plan = str(heard.fields.get("plan", "")) if heard.kind == "update" else plan
         piece = Piece(values, heard.origin if heard else ctx.me, ctx.layout.size)
         accounts = []
-        for peer in ctx.routes.onward(came_from, cloud):
-            if (link := ctx.links.get(peer) or ctx.silent.get(peer)) is None:
+        for peer in ctx.routes.onward(came_from, cloud, plan):
+            link = _link(peer, ctx) or ctx.silent.get(peer)
+            there = link or ctx.members.get(peer)
+            if there is None:
                 continue
-            self._account(peer, cloud, ctx).add(piece, coverage)
-            accounts.append((peer, link.cloud == ctx.cloud != cloud))
-        if accounts:
+            side = cloud if there.cloud == ctx.cloud else ctx.cloud
+            if plan != ctx.routes.name and (link is None or not self._alike(plan, peer, side, ctx)):
+                elder = self._elder.get((plan, peer, side)) or Owed(ctx.layout.size, awaited=self.awaited)
+                elder.add(piece, coverage)
+                self._elder[plan, peer, side] = elder
+            elif link is not None:
+                self._account(peer, cloud, ctx).add(piece, coverage)
+                accounts.append((peer, link.cloud == ctx.cloud != cloud))
+        if accounts or self._elder:
             yield from self._tell(accounts, ctx)
 
     def _account(self, peer: PeerId, cloud: str, ctx: Context) -> Owed:
         """The account on which ``peer`` is owed updates of ``cloud``."""
-        link = ctx.links.get(peer) or ctx.silent[peer]
+        link = _link(peer, ctx) or ctx.silent[peer]
         passing = link.cloud == ctx.cloud != cloud
         owed = self.owed.get((peer, passing))
         if owed is None:
@@ -178,13 +223,24 @@ class Spread(Exchange):
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it: what passes through first, it is older."""
         accounts = list(accounts)
+        yield from self._tell_elder(ctx)
         if self.sums and self._crowded and ctx.now >= self._calm_at:
             gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx, everything)}
             yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
             accounts = [a for a in accounts if a not in gathering]
         for side in (True, False):
-            peers = [peer for peer, passing in accounts if passing is side and peer in ctx.links]
-            yield from self._tell_side(sorted(peers, key=lambda p: (-ctx.links[p].rate_bps, p)), side, ctx, everything)
+            links = [link for peer, passing in accounts if passing is side and (link := _link(peer, ctx)) is not None]
+            yield from self._tell_side(sorted(links, key=lambda k: (-k.rate_bps, k.peer)), side, ctx, everything)
+
+    def _tell_elder(self, ctx: Context) -> Iterator[Action]:
+        """What goes on by another plan goes first, and all of it: somebody waits for that to be over."""
+        for plan, peer, cloud in list(self._elder):
+            link = _link(peer, ctx)
+            if link is not None and link.writable_bytes > 0:
+                owed = self._elder.pop((plan, peer, cloud))
+                block = owed.everything()
+                owed.cloud = cloud
+                yield Send((peer,), self._message(owed, block, plan, ctx))
 
     def _gathers(self, account: Account, ctx: Context, everything: bool) -> bool:
         """Does the bridge to this neighbour wait for more to say?"""
@@ -204,27 +260,29 @@ class Spread(Exchange):
             self._said_at[link.peer] = ctx.now
         return False
 
-    def _tell_side(self, peers: list[PeerId], passing: bool, ctx: Context, everything: bool) -> Iterator[Action]:
+    def _tell_side(self, links: list[LinkView], passing: bool, ctx: Context, everything: bool) -> Iterator[Action]:
         """The same thing to many is one Send, encoded once."""
-        sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[PeerId]]] = {}
-        for peer in peers:
-            owed = self.owed[peer, passing]
-            if ctx.links[peer].writable_bytes <= 0 or not owed:
+        sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[LinkView]]] = {}
+        for link in links:
+            owed = self.owed[link.peer, passing]
+            if link.writable_bytes <= 0 or not owed:
                 continue
-            block = owed.everything() if everything else self.say(owed, ctx.links[peer], ctx)
+            block = owed.everything() if everything else self.say(owed, link, ctx)
             if block is None:
                 continue
-            origin = owed.only.origin if owed.only is not None and block is owed.only.block else ctx.me
-            coverage = owed.said(block, keep=self.keep)
-            key = (id(block), coverage, owed.cloud)
-            if key not in sends:
-                step = max((span.last for span in coverage), default=ctx.step)
-                fields = {"cloud": owed.cloud}
-                sends[key] = (Message("update", step, 0, fields, (block,), coverage, origin=origin), [])
-            sends[key][1].append(peer)
+            message = self._message(owed, block, ctx.routes.name, ctx)
+            sends.setdefault((id(block), message.coverage, owed.cloud), (message, []))[1].append(link)
         for message, to in sends.values():
-            to.sort()
-            yield Send(tuple(to), message, tuple(self.budget_bytes(ctx.links[peer], ctx) for peer in to))
+            to.sort(key=lambda link: link.peer)
+            yield Send(tuple(k.peer for k in to), message, tuple(self.budget_bytes(k, ctx) for k in to))
+
+    def _message(self, owed: Owed, block: Block, plan: str, ctx: Context) -> Message:
+        """``block`` of ``owed`` goes out."""
+        origin = owed.only.origin if owed.only is not None and block is owed.only.block else ctx.me
+        coverage = owed.said(block, keep=self.keep)
+        step = max((span.last for span in coverage), default=ctx.step)
+        fields = {"cloud": owed.cloud, "plan": plan} if plan else {"cloud": owed.cloud}
+        return Message("update", step, 0, fields, (block,), coverage, origin=origin)
 
     # -- newcomers -----------------------------------------------------------------------------------------------
 
@@ -244,14 +302,26 @@ class Spread(Exchange):
 
     def state(self) -> dict[str, Any]:
         owed = {account: owed.state() for account, owed in self.owed.items()}
-        return {"owed": owed, "last": dict(self._last), "beside": set(self._beside)}
+        elder = {key: owed.state() for key, owed in self._elder.items()}
+        return {"owed": owed, "elder": elder, "last": dict(self._last), "beside": set(self._beside)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         size, awaited = ctx.layout.size, self.awaited
         self.owed = {a: Owed.of(size, ctx.me, held, awaited=awaited) for a, held in state["owed"].items()}
+        self._elder = {key: Owed.of(size, ctx.me, held, awaited=awaited) for key, held in state["elder"].items()}
         self._last, self._beside = dict(state["last"]), set(state["beside"])
 
     @property
     def state_bytes(self) -> int:
         pieces = {id(owed.only): owed.only.nbytes for owed in self.owed.values() if owed.only is not None}
         return super().state_bytes + sum(owed.nbytes for owed in self.owed.values()) + sum(pieces.values())
+
+
+def _link(peer: PeerId, ctx: Context) -> LinkView | None:
+    """Over which something can be said to ``peer`` now, be it a neighbour or have it been one."""
+    return ctx.links.get(peer) or ctx.former.get(peer)
+
+
+def _piece(owed: Owed, ctx: Context) -> Piece:
+    """All of an account, as one update."""
+    return owed.only or Piece(exact(owed.flat), ctx.me, ctx.layout.size)

@@ -11,7 +11,7 @@ acknowledgements that ride on updates. Which peer is in which pair is our choice
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, product
@@ -59,6 +59,19 @@ class Plan:
         from_mate = came_from is not None and self.cloud_of.get(came_from) == home
         return tuple(sorted({*(() if from_mate else self.mates[me]), *over.values()}))
 
+    def downstream(self, me: PeerId, came_from: PeerId, origin_cloud: str) -> frozenset[Pair]:
+        """All links over which an update of ``origin_cloud`` goes on from ``me``, to which ``came_from`` said it."""
+        key = me, came_from, origin_cloud
+        if (found := self._downstream.get(key)) is None:
+            links, todo = set[Pair](), deque([(came_from, me)])
+            while todo:
+                hop, here = todo.popleft()
+                onward = {(here, peer) for peer in self.onward(here, hop, origin_cloud)} - links
+                links |= onward
+                todo.extend(sorted(onward))
+            found = self._downstream[key] = frozenset(links)
+        return found
+
     def routes(self, me: PeerId) -> PeerRoutes:
         return PeerRoutes(self, me)
 
@@ -69,6 +82,11 @@ class Plan:
     @cached_property
     def _neighbours(self) -> dict[PeerId, tuple[PeerId, ...]]:
         """``neighbours`` of those who were asked for."""
+        return {}
+
+    @cached_property
+    def _downstream(self) -> dict[tuple[PeerId, PeerId, str], frozenset[Pair]]:
+        """``downstream`` of those that were asked for."""
         return {}
 
     @cached_property
@@ -86,13 +104,22 @@ class PeerRoutes:
 
     plan: Plan
     me: PeerId
+    name: str = ""
+    named: Callable[[str], Plan] | None = None
+    """Other plans, by their names."""
 
     @property
     def mesh(self) -> bool:
         return self.plan.mesh
 
-    def onward(self, came_from: PeerId | None, origin_cloud: str) -> tuple[PeerId, ...]:
-        return self.plan.onward(self.me, came_from, origin_cloud)
+    def onward(self, came_from: PeerId | None, origin_cloud: str, plan: str | None = None) -> tuple[PeerId, ...]:
+        return self._plan(plan).onward(self.me, came_from, origin_cloud)
+
+    def downstream(self, to: PeerId, origin_cloud: str, plan: str | None = None) -> frozenset[Pair]:
+        return self._plan(plan).downstream(to, self.me, origin_cloud)
+
+    def _plan(self, name: str | None) -> Plan:
+        return self.plan if name is None or name == self.name or self.named is None else self.named(name)
 
 
 def plan(
@@ -143,6 +170,21 @@ class _Same:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.topology is self.topology
+
+
+def name_of(left: Collection[PeerId], topology: Topology) -> str:
+    """Of the plan of those for whom these have left: a bit for each, of all peers in their order."""
+    mask = sum(1 << i for i, peer in enumerate(sorted(topology.peers)) if peer in left)
+    return f"{mask:x}" if mask else ""
+
+
+def left_of(name: str, topology: Topology) -> frozenset[PeerId]:
+    """Inverse of ``name_of``; of what is no name, nobody."""
+    peers = sorted(topology.peers)
+    if len(name) > len(peers) // 4 + 1 or not set(name) <= set("0123456789abcdef"):
+        return frozenset()
+    mask = int(name or "0", 16)
+    return frozenset(peer for i, peer in enumerate(peers) if mask >> i & 1)
 
 
 def shared_plan(topology: Topology, counted: Iterable[PeerId], silent: Iterable[PeerId]) -> Plan:

@@ -18,7 +18,8 @@ class Admit:
     """``check`` returns why a message is refused, or None when it is welcome.
 
     ``speaks``: the strategy's kinds with their fields and types. ``node_speaks``: the same for kinds that begin with
-    ``~``, which are the node's own; a strategy can neither declare nor shadow them (ValueError).
+    ``~``, which are the node's own; a strategy can neither declare nor shadow them (ValueError). A field declared with
+    ``?`` at the end of its name may be left out.
     """
 
     def __init__(self, layout_size: int, speaks: Kinds, node_speaks: Kinds | None = None) -> None:
@@ -28,14 +29,24 @@ class Admit:
                 raise ValueError(f"message kind {kind!r}: a leading ~ is for the node's kinds, and for all of them")
         self._layout_size = layout_size
         self._kinds = {**speaks, **own}
+        self._may = {
+            kind: {name[:-1]: of for name, of in fields.items() if name.endswith("?")}
+            for kind, fields in self._kinds.items()
+        }
+        self._must = {
+            kind: {name: of for name, of in fields.items() if not name.endswith("?")}
+            for kind, fields in self._kinds.items()
+        }
 
     def check(self, message: Message) -> str | None:
-        declared = self._kinds.get(message.kind)
+        declared = self._must.get(message.kind)
         if declared is None:
             return f"kind {message.kind!r} is not understood"
-        fields = message.fields
+        fields, may = message.fields, self._may[message.kind]
         if len(fields) != len(declared):
-            return f"{message.kind}: fields {sorted(fields)}; expected {sorted(declared)}"
+            if len(fields) < len(declared) or not fields.keys() - may.keys() <= declared.keys():
+                return f"{message.kind}: fields {sorted(fields)}; expected {sorted(self._kinds[message.kind])}"
+            declared = {**declared, **{name: may[name] for name in fields.keys() & may.keys()}}
         for name, kind in declared.items():
             if name not in fields:
                 return f"{message.kind}: field {name!r} is missing"
