@@ -23,6 +23,8 @@ class StatusReader:
     def __init__(self, node: Node, keeping: Keeping | None = None) -> None:
         self._node = node
         self._keeping = keeping
+        self.accuracy: float | None = None
+        """Of the last evaluation; set by whoever has it measured."""
         self._marks: dict[str, tuple[int, int, int]] = {}
         self._at = 0.0
         self._links: dict[str, LinkStatus] = {}
@@ -32,7 +34,6 @@ class StatusReader:
         state: State = node.state
         elapsed_s = max(node.now, 1e-9)
         roster = node.membership.roster
-        accuracy = None
         return {
             "peer": node.me,
             "cloud": node.ctx.cloud,
@@ -40,7 +41,7 @@ class StatusReader:
             "step": node.step,
             "samples": meter.samples,
             "loss": meter.loss,
-            "accuracy": accuracy,
+            "accuracy": self.accuracy,
             "batch": node.ctx.batch,
             "samples_per_s": meter.samples_per_s,
             "step_s": meter.step_s,

@@ -163,7 +163,7 @@ class Lab:
 
     def begin(self, host: Host) -> None:
         words = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "dlion", "peer"]
-        words += [str(host.directory / "peer.toml"), "--out", str(host.directory), *self.flags]
+        words += [str(host.directory / "peer.toml"), "--out", str(host.directory), "--no-evaluate", *self.flags]
         with (host.directory / "output.txt").open("ab") as output:
             host.process = spawn(words, output)
         host.killed = False

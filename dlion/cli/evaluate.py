@@ -21,7 +21,8 @@ from dlion.observe.evaluate import evaluate_directory, lower_priority
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-def command(out: Path) -> None:
+@click.option("--peer", default="", help="Only this one's.")
+def command(out: Path, peer: str) -> None:
     """Measure a run's snapshots until stdin is closed and nothing is left."""
     lower_priority()
     plan = load_plan(out)
@@ -35,6 +36,7 @@ def command(out: Path) -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     limit = plan.job.evaluate.samples or None
-    for peer, event in evaluate_directory(out / SNAPSHOTS, workload, out, finished=closed.is_set, limit=limit):
-        sys.stdout.write(msgspec.json.encode({"peer": peer, "accuracy": event.accuracy, "t": event.t}).decode() + "\n")
+    found = evaluate_directory(out / SNAPSHOTS, workload, out, finished=closed.is_set, limit=limit, only=peer)
+    for name, event in found:
+        sys.stdout.write(msgspec.json.encode({"peer": name, "accuracy": event.accuracy, "t": event.t}).decode() + "\n")
         sys.stdout.flush()

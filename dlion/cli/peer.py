@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dlion.cli.build import Plan, check
 from dlion.cli.errors import CANNOT_READ, DRAIN_CUT_SHORT, NO_PEER, Fault
 from dlion.cli.host import Doors, Hosted, Signals, address, hosted, save_model
 from dlion.cli.keep import Start
+from dlion.cli.measure import measuring
 from dlion.cli.options import flags_of
 from dlion.cli.planfile import load_plan, save_plan
 from dlion.config import PeerSetup, load_setup
@@ -49,6 +51,8 @@ class Described:
     addresses: Mapping[PeerId, str]
     out: Path
     advertise: str = ""
+    evaluate: bool = True
+    """Nobody else measures the snapshots in ``out``."""
 
 
 def described(setup: PeerSetup, out: Path | None) -> Described:
@@ -80,7 +84,7 @@ def again(place: Path) -> Described:
     except (OSError, ValueError, KeyError) as error:
         what, advice = f"no run in which {peer} could come again", "name RUN/PEER of a dlion up that goes on"
         raise Fault(CANNOT_READ, what, str(place), f"{type(error).__name__}: {error}", advice) from error
-    return Described(plan, peer, doors, listen, place.parent)
+    return Described(plan, peer, doors, listen, place.parent, evaluate=False)
 
 
 async def _run(who: Described, start: Start) -> int:
@@ -100,13 +104,26 @@ async def _run(who: Described, start: Start) -> int:
         if host.keeping.notice:
             console.print(host.keeping.notice, soft_wrap=True)
         with Signals(host.node.stop, host.node.checkpoint), LiveView(console) as view:
-            await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
-        model = save_model(host.node, out)
+            async with _measured(who, host, view):
+                await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
+                model = save_model(host.node, out)
         reason = host.node.ended
-    console.print(f"{peer}: {host.node.step} steps, {reason}; model: {model}", soft_wrap=True)
+    reached = "" if host.status.accuracy is None else f"accuracy {host.status.accuracy:.4f}, "
+    console.print(f"{peer}: {host.node.step} steps, {reached}{reason}; model: {model}", soft_wrap=True)
     if not any(link["received_bytes"] for link in host.status()["links"].values()) and len(plan.peers) > 1:
         raise Fault(NO_PEER, f"{peer} met none of its neighbours", why="it trained alone", advice="check addresses")
     return DRAIN_CUT_SHORT if "cut short" in reason else 0
+
+
+@asynccontextmanager
+async def _measured(who: Described, host: Hosted, view: LiveView) -> AsyncIterator[None]:
+    """With the accuracy in the peer's status, unless somebody else measures its snapshots."""
+
+    def heard(_: str, accuracy: float) -> None:
+        host.status.accuracy = accuracy
+
+    async with measuring(who.out, heard, view.say, who.peer) if who.evaluate else nullcontext():
+        yield
 
 
 async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
@@ -135,7 +152,10 @@ async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
     "--cut", default="", help="The checkpoint in --out to go on from, in place of the newest.", metavar="NAME"
 )
 @click.option("--fresh", is_flag=True, help="Start over, though there are checkpoints in --out.")
-def command(file: str, out: Path | None, cut: str, fresh: bool, **options: Any) -> int:
+@click.option(
+    "--evaluate/--no-evaluate", default=True, help="Measure accuracy, in a process that gives way to all others."
+)
+def command(file: str, out: Path | None, cut: str, fresh: bool, evaluate: bool, **options: Any) -> int:
     """Start the peer that FILE describes (a TOML file, or the name of a packaged one such as a1).
 
     Or start a peer of ``dlion up`` that has died once more, while the others go on: FILE is RUN/PEER.
@@ -157,4 +177,4 @@ def command(file: str, out: Path | None, cut: str, fresh: bool, **options: Any) 
     except ModuleNotFoundError:
         factory = None
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_run(who, Start(cut, fresh)))
+        return runner.run(_run(replace(who, evaluate=who.evaluate and evaluate), Start(cut, fresh)))

@@ -24,6 +24,7 @@ from dlion.cli.build import Plan, workload_of
 from dlion.cli.errors import INTERRUPTED, TEMPORARY, Fault
 from dlion.cli.host import check_shareable
 from dlion.cli.keep import Common, Start, newest_common
+from dlion.cli.measure import measuring
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
 from dlion.cli.show import show_summary
@@ -76,10 +77,9 @@ class Pride:
     async def run(self, view: LiveView, refresh_s: float) -> None:
         """Start all, watch until all have ended."""
         save_plan(self.plan, self.out)
-        evaluator = await self._spawn("evaluate", str(self.out))
         begin = ["--fresh"] if self.start.fresh else ["--cut", self.start.cut]
         try:
-            async with asyncio.TaskGroup() as group:
+            async with measuring(self.out, self._measured, self.tell), asyncio.TaskGroup() as group:
                 for peer in self.plan.peers:
                     process = await self._spawn("managed", str(self.out), peer, *begin)
                     child = Child(peer, process, asyncio.get_running_loop().create_future())
@@ -87,18 +87,13 @@ class Pride:
                     group.create_task(self._listen(child))
                     group.create_task(self._errors(child))
                 showing = group.create_task(self._show(view, refresh_s))
-                measuring = group.create_task(self._measure(evaluator))
                 await self._introduce()
                 for child in self.children.values():
                     await child.process.wait()
                 showing.cancel()
-                assert evaluator.stdin is not None
-                evaluator.stdin.close()
-                await measuring
-                await evaluator.wait()
             view.show(self.statuses())
         finally:
-            await self._end_all([evaluator, *(child.process for child in self.children.values())])
+            await self._end_all([child.process for child in self.children.values()])
 
     async def _spawn(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
@@ -157,16 +152,13 @@ class Pride:
             child.errors.append(line.decode(errors="replace").rstrip())
             del child.errors[:-50]
 
-    async def _measure(self, evaluator: asyncio.subprocess.Process) -> None:
-        """Take in accuracies; with a target, stop everybody when each living peer has reached it."""
-        assert evaluator.stdout is not None
-        while line := await evaluator.stdout.readline():
-            said = msgspec.json.decode(line)
-            self.accuracy[said["peer"]] = said["accuracy"]
-            alive = [peer for peer, child in self.children.items() if not child.died]
-            if self.target is not None and all(self.accuracy.get(peer, 0.0) >= self.target for peer in alive):
-                self.reached = True
-                self.stop(f"accuracy {self.target:g} reached", leaving=False)
+    def _measured(self, peer: str, accuracy: float) -> None:
+        """With a target, stop everybody when each living peer has reached it."""
+        self.accuracy[peer] = accuracy
+        alive = [peer for peer, child in self.children.items() if not child.died]
+        if self.target is not None and all(self.accuracy.get(peer, 0.0) >= self.target for peer in alive):
+            self.reached = True
+            self.stop(f"accuracy {self.target:g} reached", leaving=False)
 
     async def _show(self, view: LiveView, refresh_s: float) -> None:
         while True:

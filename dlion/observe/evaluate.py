@@ -65,11 +65,11 @@ class Pending:
         return cls(path, peer, which, int(step))
 
 
-def due(directory: Path, behind_max: int = BEHIND_MAX) -> list[Pending]:
-    """What to evaluate now, oldest step first. Of a peer that is more than ``behind_max`` behind, only the newest;
+def due(directory: Path, behind_max: int = BEHIND_MAX, only: str = "") -> list[Pending]:
+    """What to evaluate now, oldest step first; of peer ``only``, if given. Of a peer that is more than ``behind_max`` behind, only the newest;
     its older ones are deleted."""
     waiting: dict[tuple[str, str], list[Pending]] = {}
-    for path in sorted(directory.glob(f"*{SUFFIX}")):
+    for path in sorted(directory.glob(f"{only}.*{SUFFIX}" if only else f"*{SUFFIX}")):
         one = Pending.of(path)
         waiting.setdefault((one.peer, one.which), []).append(one)
     chosen: list[Pending] = []
@@ -113,6 +113,7 @@ def evaluate_directory(
     *,
     finished: Callable[[], bool] = lambda: True,
     limit: int | None = None,
+    only: str = "",
     pause: Callable[[float], None] = time.sleep,
 ) -> Iterator[tuple[str, Eval]]:
     """Evaluate what lies in ``directory`` and what still comes, until ``finished()`` and nothing is left.
@@ -122,7 +123,7 @@ def evaluate_directory(
     """
     while True:
         last = finished()  # asked before looking: what was written before the end is still seen
-        found = due(directory)
+        found = due(directory, only=only)
         for pending in found:
             event = evaluate_one(pending, workload, limit)
             if event is not None:
