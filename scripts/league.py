@@ -112,6 +112,8 @@ class Row:
     wan_bytes: list[float]
     full_mean: float
     full_worst: float
+    full_of_mean: float
+    """On the full test set, as those two: of the mean of the training replicas."""
     stalled: float
     steps: tuple[int, int]
     disagreement: float | None
@@ -166,6 +168,7 @@ def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
     views = list(played.views.values())
     one = disagreement is not None and disagreement < 1e-4
     full = [workload.evaluate(view).accuracy for view in (views[:1] if one else views)]
+    centre = np.mean(list(played.replicas.values()), axis=0, dtype=np.float32)
     steps = [played.summary["steps"][peer] for peer in played.views]
     return Row(
         spec=asdict(spec),
@@ -175,6 +178,7 @@ def row_of(spec: Spec, plan: Plan, played: Played) -> Row:
         wan_bytes=[float(total[i]) for i in np.searchsorted(sent_at[order], times, side="right")],
         full_mean=float(np.mean(full)),
         full_worst=float(min(full)),
+        full_of_mean=float(workload.evaluate(centre).accuracy),
         stalled=max(played.summary["stalled_share"][peer] for peer in played.views),
         steps=(min(steps), max(steps)),
         disagreement=disagreement,

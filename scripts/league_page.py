@@ -40,13 +40,14 @@ neither by hand.
   task, its title says so.
 - **oracle** is the limit: `full` in lockstep with the same samples per second in all, spread evenly, links without
   limit or delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
-- **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` with seed {tune_seed} and 40 virtual
-  seconds (the best mean accuracy over the second half); the least only where the next was the best of
-  three. All else: defaults. One scenario chose, not two.
+- **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with seed {tune_seed} and 40 virtual
+  seconds (the best mean accuracy over the second half, summed over both); the least only where the next was the
+  best of three. All else: defaults.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
   the horizon; who never arrives counts as "at least horizon / our time".
 - **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both
   sides of 1 over the seeds, are ties. Seeds differ in initial weights, order of data and division among the peers.
+- **mean of replicas**: of all peers' training replicas, after the drain, on all 10,000 ("–": an older row).
 - **replica**: by how many points the training replica of the first peer is better than its deployable view, in the
   second half of the horizon; "–": they are one.
 - **Not run**: what has no row below; momentum other than 0.9 (which suits those that hear each other early); H of
@@ -121,7 +122,8 @@ def table(groups: Mapping[str, Rows]) -> str:
         return (np.inf if at is None else at, -np.mean([row["mean"][-1] for row in groups[name]]))
 
     head = ["strategy", "lr", "seeds", *(f"{100 * t:.3g} % at, s" for t in targets), "at the end", "all 10,000: mean"]
-    head += ["worst peer", "replica", f"WAN MB to {100 * main:.3g} %", "WAN MB", "stalled", "disagreement"]
+    head += ["worst peer", "mean of replicas", "replica", f"WAN MB to {100 * main:.3g} %", "WAN MB", "stalled"]
+    head.append("disagreement")
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name in sorted(groups, key=order):
         rows = groups[name]
@@ -129,8 +131,10 @@ def table(groups: Mapping[str, Rows]) -> str:
         cells = [f"**{name}**" if name == OURS else name, f"{rows[0]['spec']['rate']:g}", str(len(rows))]
         cells += [shown(reached(rows, t)) for t in targets]
         cells += [f"{100 * np.mean([row[key] for row in rows]):.1f}" for key in ("full_mean", "full_worst")]
+        centre = [row["full_of_mean"] for row in rows if "full_of_mean" in row]
+        cells.append(shown(100 * float(np.mean(centre)) if centre else None))
         cells.append(shown(beside(rows), "{:+.1f}"))
-        cells.insert(-3, f"{100 * np.mean([row['mean'][-1] for row in rows]):.1f}")
+        cells.insert(-4, f"{100 * np.mean([row['mean'][-1] for row in rows]):.1f}")
         cells.append("0" if name == ORACLE else shown(None if wan is None else wan / 1e6, "{:.0f}"))
         cells.append("0" if name == ORACLE else f"{np.mean([row['wan_bytes'][-1] for row in rows]) / 1e6:.0f}")
         cells.append(f"{100 * max(row['stalled'] for row in rows):.1f} %")

@@ -84,6 +84,8 @@ class Played:
     logs: Mapping[PeerId, bytes]
     views: Mapping[PeerId, Flat]
     """What each peer that lived to the end would save and serve."""
+    replicas: Mapping[PeerId, Flat]
+    """The weights that it trained."""
 
 
 ABSENT_WAIT_S = 2.0
@@ -152,7 +154,7 @@ def play(
         replica_disagreement=disagreement(result.views),
         targets=job.evaluate.targets,
     )
-    return Played(run, summary, logs, result.views)
+    return Played(run, summary, logs, result.views, result.replicas)
 
 
 def run_simulation(
