@@ -40,9 +40,9 @@ neither by hand.
   task, its title says so.
 - **oracle** is the limit: `full` in lockstep with the same samples per second in all, spread evenly, links without
   limit or delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
-- **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with seed {tune_seed} and 40 virtual
-  seconds (the best mean accuracy over the second half, summed over both); the least only where the next was the
-  best of three. All else: defaults.
+- **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with
+  seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least
+  only where the next was the best of three. All else: defaults.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
   the horizon; who never arrives counts as "at least horizon / our time".
 - **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both
@@ -218,18 +218,22 @@ def draw(groups: Mapping[str, Rows], out: Path) -> None:
 
 
 def rates_text(rows: Rows, chosen: Mapping[str, float], seed: int) -> str:
-    tried: dict[str, dict[float, float]] = {}
+    """Mean accuracy over the second half of each tuning run; the scenarios one after the other in a cell."""
+    tried: dict[str, dict[float, dict[str, float]]] = {}
     for row in rows:
-        if row["spec"]["seed"] == seed:
+        spec = row["spec"]
+        if spec["seed"] == seed:
             late = row["mean"][len(row["mean"]) // 2 :]
-            tried.setdefault(row["spec"]["strategy"], {})[row["spec"]["rate"]] = sum(late) / len(late)
+            tried.setdefault(spec["strategy"], {}).setdefault(spec["rate"], {})[spec["scenario"]] = float(np.mean(late))
     rates = sorted({rate for of in tried.values() for rate in of})
+    scenarios = sorted({scenario for of in tried.values() for found in of.values() for scenario in found})
+    head = f"{' / '.join(scenarios)}; the chosen one in bold.\n\n"
     lines = ["| strategy | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|" + " --- |" * (len(rates) + 1)]
     for name, of in tried.items():
-        cells = [shown(of.get(rate), "{:.3f}") for rate in rates]
-        cells = [f"**{c}**" if rate == chosen[name] else c for c, rate in zip(cells, rates, strict=True)]
+        cells = [" / ".join(shown(of.get(rate, {}).get(s), "{:.3f}") for s in scenarios) for rate in rates]
+        cells = [f"**{c}**" if rate == chosen.get(name) else c for c, rate in zip(cells, rates, strict=True)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return head + "\n".join(lines)
 
 
 def write(
