@@ -5,8 +5,9 @@ its origin's updates, behind them, over the same routes, so whoever has it has a
 
 Who leaves the others to go on is a bridge, maybe, until nobody needs it. Whoever hears that it leaves plans without it
 at once; what was said before goes on by the plan of before. So its last word goes out from neighbour to neighbour, and
-goodbyes (``~bye``) come back the same way: each says it when those to whom it passed the word on have said it, and when
-it owes nothing that goes by an older plan. (Waves of this kind: Dijkstra & Scholten, 1980; Segall, 1983.)
+goodbyes (``~bye``) come back the same way: each says it when those to whom it passed the word on have said it, it owes
+nothing that goes by an older plan, and all that it had said by then has arrived. (Waves of this kind: Dijkstra &
+Scholten, 1980; Segall, 1983.)
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ class Word:
     """Who was not told yet; None: the word did not go out yet."""
     awaited: set[PeerId] = field(default_factory=set)
     """Whose goodbye has not come back."""
+    said: dict[PeerId, int] | None = None
+    """How many messages each link had taken when nothing more was owed that goes by a plan of before."""
     over: bool = False
-    """We said ours, or need not."""
+    """We said our goodbye, or need not."""
 
 
 class Farewell:
@@ -137,11 +140,24 @@ class Farewell:
         """Say goodbye to leavers that nobody behind us needs any more. ``lags``: we still owe what goes by an older
         plan."""
         for word in self._open:
-            if not (word.over or lags) and self._answered(word):
+            if word.over or lags or not self._answered(word):
+                continue
+            if word.said is None:
+                links = self._connections.items()
+                word.said = {p: link.session.sent(Stream.UPDATE) for p, link in links if link.connected}
+            if not [p for p, count in word.said.items() if not self._has(p, count)]:
                 word.over = True
                 assert word.came_from is not None
                 self._tell((word.came_from,), Message("~bye", fields={"peer": word.peer}))
         self._open = [word for word in self._open if not word.over or word.to is None or word.to]
+
+    def _has(self, peer: PeerId, count: int) -> bool:
+        """Does ``peer`` have the first ``count`` messages we sent it? If not, let it say so when it does."""
+        link = self._connections.get(peer)
+        if link is None or not link.connected or link.session.acked(Stream.UPDATE) >= count:
+            return True
+        link.ask()
+        return False
 
     def _answered(self, word: Word) -> bool:
         return word.to is not None and not word.to and not any(self._awaits(p) for p in word.awaited)
