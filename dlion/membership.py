@@ -6,7 +6,7 @@ keeps the strategy's picture (``Context``) up to date, but only when the exchang
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 
 from dlion.exchange.base import Context, LinkView, Member
@@ -55,8 +55,10 @@ class Membership:
                 self._held[cloud] = peers
             self._back = (self._back | self._left) - left
             self._left, self.plan_name = left, name_of(left, self.topology)
-        self._named = lru_cache(maxsize=8)(partial(self._plan_named, states, dict(self._held), self._back))
-        return self._plan_of(states, self._held)
+        late = [p for _, p in sorted((r.since_s, p) for p, r in self.roster.records.items() if r.since_s)]
+        plan_of = partial(self._plan_of, dict(self._held), late)
+        self._named = lru_cache(maxsize=8)(partial(self._plan_named, plan_of, states, self._back))
+        return plan_of(states)
 
     def _counted(self, states: Mapping[PeerId, State]) -> dict[str, list[PeerId]]:
         """Of each micro-cloud those who count."""
@@ -66,7 +68,9 @@ class Membership:
                 found.setdefault(self.topology.cloud_of(peer), []).append(peer)
         return found
 
-    def _plan_of(self, states: Mapping[PeerId, State], held: Mapping[str, list[PeerId]]) -> Plan:
+    def _plan_of(
+        self, held: Mapping[str, list[PeerId]], late: Sequence[PeerId], states: Mapping[PeerId, State]
+    ) -> Plan:
         """The plan when these are the states. A micro-cloud of which nobody is heard keeps its bridges, on which it is
         owed what is said meanwhile, to those who were heard last."""
         counted = self._counted(states)
@@ -74,19 +78,19 @@ class Membership:
         silent = [p for p, state in states.items() if state is State.SILENT]
         if self.topology.talk != "mesh":
             found.update(p for cloud, peers in held.items() if cloud not in counted for p in peers if p in silent)
-        return shared_plan(self.topology, sorted(found), silent)
+        return shared_plan(self.topology, sorted(found), silent, late)
 
     def _plan_named(
-        self, states: Mapping[PeerId, State], held: Mapping[str, list[PeerId]], back: frozenset[PeerId], name: str
+        self,
+        plan_of: Callable[[Mapping[PeerId, State]], Plan],
+        states: Mapping[PeerId, State],
+        back: frozenset[PeerId],
+        name: str,
     ) -> Plan:
         """The plan of somebody for whom others have left than for us. Called in the exchange lane too."""
         left = left_of(name, self.topology) - back
         there = {p: State.LIVE for p, state in states.items() if state is State.LEFT}
-        return self._plan_of({**states, **there, **dict.fromkeys(left, State.LEFT)}, held)
-
-    def would_bridge(self, peer: PeerId) -> bool:
-        """Would a bridge move if ``peer``, which does not count now, did?"""
-        return self._plan_of({**self.roster.states, peer: State.LIVE}, self._held).bridges != self.plan.bridges
+        return plan_of({**states, **there, **dict.fromkeys(left, State.LEFT)})
 
     @property
     def neighbours(self) -> tuple[PeerId, ...]:

@@ -116,7 +116,7 @@ class Porch:
             except TimeoutError:
                 self._lost = "it did not answer"
             if (entered := self.entered) is not None and not entered.fault:
-                self._come_in(sponsor)
+                self._come_in(sponsor, entered.t)
                 return entered
             failures[sponsor] = self._lost or (entered.fault if entered is not None else "we were stopped")
         why = "; ".join(f"{peer}: {why}" for peer, why in failures.items())
@@ -142,9 +142,10 @@ class Porch:
         fields = {"at": at, "life": self._neighbours.identity.incarnation}
         self._tell((sponsor,), Message(ASK, fields=fields, stream=Stream.CONTROL))
 
-    def _come_in(self, sponsor: PeerId) -> None:
-        """We are who our sponsor was; whoever it counts, counts."""
+    def _come_in(self, sponsor: PeerId, now_s: float) -> None:
+        """We are who our sponsor was; whoever it counts, counts. ``now_s``: of the run."""
         self._sponsor = sponsor
+        self._roster.speak(since_s=max(now_s, 1e-3))
         self._neighbours.shown_in()
         now = asyncio.get_running_loop().time()
         self._turn(self._roster.alive(sponsor, self._membership.life_of(sponsor), now))
@@ -235,10 +236,6 @@ class Porch:
         me = self._roster.me.peer
         if not self._membership.near(peer):
             return f"{me} is in another micro-cloud than {peer}: only one of its own can show it in"
-        if self._membership.would_bridge(peer):
-            return (
-                f"{me} cannot show {peer} in: a bridge would move to it, and what is under way in the old one be lost"
-            )
         is_open = asyncio.get_running_loop().time() < self.open_until
         why = self.refusal() if is_open else "it is not training, or about to end"
         return f"{me} cannot show {peer} in: {why}" if why else ""

@@ -89,6 +89,19 @@ def test_a_bridge_moves_only_when_an_end_dies() -> None:
     assert after.bridges["A", "B"] == ("a2", "b1")
 
 
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+def test_no_bridge_moves_because_somebody_comes(talk: Talk) -> None:
+    net = topology([3, 2], talk)
+    a0, a1, a2 = map(PeerId, ("a0", "a1", "a2"))
+    power = dict.fromkeys(sorted(net.peers), 1.0)
+    without = plan(net, {p: 1.0 for p in power if p != a0}, silent=[a0])
+    assert plan(net, power).bridges != without.bridges
+    assert plan(net, power, late=[a0]).bridges == without.bridges
+    for first, second in ((a0, a1), (a1, a0)):
+        came = plan(net, {p: 1.0 for p in power if p != a2}, silent=[a2], late=[first, second])
+        assert came.bridges["A", "B"][0] == first, "of those who came, who came first"
+
+
 def test_bridges_go_to_the_strong_and_are_spread() -> None:
     net = topology([2, 2, 2], "bridges")
     power = {p: 2.0 if p.endswith("1") else 1.0 for p in net.peers}

@@ -164,7 +164,7 @@ def test_who_falls_silent_while_we_wait_for_it_is_silent() -> None:
         '[["b",0,0,0,0,-1.0]]',
         '[["b",1.5]]',
         "[" * 5000,
-        '[["b",0,0,0,0,0,0,0,false,1]]',
+        '[["b",0,0,0,0,0,0,0,false,0,1]]',
     ],
 )
 def test_a_text_that_is_no_news_is_refused(text: str) -> None:

@@ -70,6 +70,8 @@ class Parts:
         """In which life."""
         self._beside: set[PeerId] = set()
         self._dead: dict[PeerId, int] = {}
+        self.unseen: set[PeerId] = set()
+        """Whose lives have ended, as others say, that we never saw; for the caller to look at and to empty."""
         self.outbox = Outbox()
 
     def setup(self, ctx: Context) -> None:
@@ -89,7 +91,8 @@ class Parts:
         self._known[key] = message
         dead, life = PeerId(key[3]), key[1]
         if message.kind == "gone" and dead not in self._living and self._dead.get(dead, -1) < life:
-            yield from self._say_gone(dead, life, ctx)  # it ended before we came: we hold nothing of it
+            self.unseen.add(dead)  # it ended before we came, or before we met it: we hold nothing of it
+            yield from self._say_gone(dead, life, ctx)
         onward = ctx.routes.onward(message.hop, str(message.fields["cloud"]))
         if message.origin not in ctx.members:
             onward = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)

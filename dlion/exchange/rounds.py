@@ -149,6 +149,9 @@ class Rounds(Exchange):
         yield from self._parts.hear(message, self.round, ctx)
         if message.kind == "anchor":
             yield from self._adopt(message, ctx)
+        if late := self._missed & self._parts.unseen:  # others closed rounds with it, which we closed without
+            yield from self._meet_again(late, ctx)
+        self._parts.unseen.clear()
         yield from self._close(ctx)
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:

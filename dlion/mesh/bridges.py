@@ -11,7 +11,7 @@ acknowledgements that ride on updates. Which peer is in which pair is our choice
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations, product
@@ -128,12 +128,15 @@ def plan(
     sticky: Plan | None = None,
     *,
     silent: Collection[PeerId] = (),
+    late: Sequence[PeerId] = (),
 ) -> Plan:
     """The plan for the ``live`` peers (name -> compute power, any unit; the same on all peers).
 
     ``sticky``: the plan until now; its bridges stay as long as both ends live. ``silent`` peers, dead or merely cut
     off, stay mates, who are owed what the others hear, but are no bridges, unless they are among ``live``: of a
-    micro-cloud that is silent as a whole, for whoever will be heard again. In ``bridges``, should two micro-clouds
+    micro-cloud that is silent as a whole, for whoever will be heard again. Nor are those who came ``late`` (in this
+    order) as long as anybody who came before lives in their micro-cloud: no bridge moves because somebody comes. In
+    ``bridges``, should two micro-clouds
     have no link that could bridge them, updates are forwarded along a spanning tree, as in ``tree``.
     Raises ValueError for a live peer the topology does not know.
     """
@@ -144,9 +147,7 @@ def plan(
         known = sorted({*live, *silent})
         mates = {me: tuple(p for p in known if p != me and _linked(topology, me, p)) for me in sorted(live)}
         return Plan(cloud_of, mates, {}, mesh=True)
-    clouds = {
-        c: alive for c, all_of_it in topology.clouds.items() if (alive := tuple(p for p in all_of_it if p in live))
-    }
+    clouds = {c: able for c, all_of_it in topology.clouds.items() if (able := _able(all_of_it, live, late))}
     homes = {c: tuple(p for p in all_of_it if p in live or p in silent) for c, all_of_it in topology.clouds.items()}
     mates = {me: tuple(p for p in homes[cloud_of[me]] if p != me) for me in sorted(live)}
     joined = {(a, b): pairs for a, b in combinations(sorted(clouds), 2) if (pairs := _pairs(topology, clouds, a, b))}
@@ -187,19 +188,29 @@ def left_of(name: str, topology: Topology) -> frozenset[PeerId]:
     return frozenset(peer for i, peer in enumerate(peers) if mask >> i & 1)
 
 
-def shared_plan(topology: Topology, counted: Iterable[PeerId], silent: Iterable[PeerId]) -> Plan:
+def shared_plan(
+    topology: Topology, counted: Iterable[PeerId], silent: Iterable[PeerId], late: Iterable[PeerId] = ()
+) -> Plan:
     """``plan`` with the compute power that the topology gives; made once for all nodes of a process that agree.
 
     Not what was measured: all peers must choose the same bridges.
     """
-    return _shared_plan(_Same(topology), tuple(counted), tuple(silent))
+    return _shared_plan(_Same(topology), tuple(counted), tuple(silent), tuple(late))
 
 
 @lru_cache(maxsize=64)
-def _shared_plan(same: _Same, counted: tuple[PeerId, ...], silent: tuple[PeerId, ...]) -> Plan:
+def _shared_plan(
+    same: _Same, counted: tuple[PeerId, ...], silent: tuple[PeerId, ...], late: tuple[PeerId, ...]
+) -> Plan:
     speeds = {peer: same.topology.peers[peer].speed for peer in counted}
     power = {peer: 1.0 if speed is None else speed.samples_per_s.mean for peer, speed in speeds.items()}
-    return plan(same.topology, power, silent=silent)
+    return plan(same.topology, power, silent=silent, late=late)
+
+
+def _able(cloud: Iterable[PeerId], live: Collection[PeerId], late: Sequence[PeerId]) -> tuple[PeerId, ...]:
+    """Who of a micro-cloud may be a bridge: who lives and was there from the start, or else the first who came."""
+    alive = tuple(p for p in cloud if p in live)
+    return tuple(p for p in alive if p not in late) or tuple(sorted(alive, key=late.index)[:1])
 
 
 def _linked(topology: Topology, a: PeerId, b: PeerId) -> bool:

@@ -48,6 +48,8 @@ class State(StrEnum):
 
 
 LIVING = (State.LIVE, State.FINISHED)
+LAST_S = 1e9
+"""When somebody came into the run who has not said that yet: after everybody else."""
 COUNTED = (State.EXPECTED, *LIVING)
 """Who has a part in the plan of bridges."""
 
@@ -64,6 +66,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     batch: Count = 0
     loss: float = 0.0
     silent: bool = False
+    since_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Time of the run at which it came into it; 0: it was there when the run began."""
 
     @property
     def stamp(self) -> tuple[int, int, bool]:
@@ -189,6 +193,7 @@ class Roster:
         self.changes += 1
         self.rated += record.samples_per_s != known.samples_per_s
         self.samples += record.samples - known.samples
+        self.shape += record.since_s != known.since_s
         self._news.pop(record.peer, None)
         self._news[record.peer] = self.changes
         self._teller[record.peer] = teller
@@ -229,7 +234,8 @@ class Roster:
 
     def introduce(self, peer: PeerId, incarnation: int) -> Change:
         """``peer`` begins a new life: what is known of its former one is over. It counts when it is heard."""
-        self._note(replace(self.records[peer], incarnation=incarnation, beat=0, silent=True), self.me.peer)
+        life = replace(self.records[peer], incarnation=incarnation, beat=0, silent=True, since_s=LAST_S)
+        self._note(life, self.me.peer)
         self._heard_at.pop(peer, None)
         self._near_at.pop(peer, None)
         return self._turn(peer, State.SILENT, "comes into the run")
