@@ -241,7 +241,7 @@ class Node:
         if batch != self.ctx.batch:
             self.ctx.batch = batch
             self.ctx.global_batch = self.learner.batcher.global_batch(self.now)
-            self.membership.roster.speak(batch=batch)
+            self.membership.roster.deal(batch)
             self.journal.batch(batch, self.ctx.global_batch)
 
     def _stepped(self, result: StepResult, seconds: float, waits: Waits) -> None:

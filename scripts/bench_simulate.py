@@ -178,7 +178,14 @@ TRACES = (
     "TMobile-LTE-short.down.xz",
 )
 """Mahimahi traces, one for each two of four micro-clouds."""
-LARGE = {"batching__growth": False, "evaluate__every": 60.0}
+LARGE = {
+    "batching__growth": False,
+    "evaluate__every": 60.0,
+    "node__status_every": 5.0,
+    "node__heartbeat": 10.0,
+    "node__suspect_after": 20.0,
+}
+"""Peers look around once a step, and who is silent for four is missed; the defaults are for steps of a second."""
 
 
 def traced(wan: Path, folder: Path) -> Topology:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,22 @@ class Evaluator:
             samples=found.samples,
             which=which,
         )
+
+
+class Logs(Mapping[PeerId, bytes]):
+    """The lines of each peer's log, unpacked when they are asked for."""
+
+    def __init__(self, memories: Mapping[PeerId, Memory]) -> None:
+        self._memories = memories
+
+    def __getitem__(self, peer: PeerId) -> bytes:
+        return self._memories[peer].data
+
+    def __iter__(self) -> Iterator[PeerId]:
+        return iter(self._memories)
+
+    def __len__(self) -> int:
+        return len(self._memories)
 
 
 @dataclass(frozen=True)
@@ -145,7 +161,7 @@ def play(
         return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=settings)
 
     result = simulate(plan.topology, make, (*deaths, *leave), births=come, start_s=start_s)
-    logs = {peer: memory.data for peer, memory in memories.items()}
+    logs = Logs(memories)
     run = read.from_memory(plan.run, logs)
     summary = summarise(
         run,

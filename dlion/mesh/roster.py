@@ -133,10 +133,13 @@ class Roster:
         """From one beat of a peer to its next, at most."""
         self._far_silent_after_s = silent_after_s + 2 * (self.beat_s - period_s)
         self._beat_at = -math.inf
+        self._told_batch = 0
         self._near_at: dict[PeerId, float] = {}
         """When bytes last came from those who have a link to us."""
         self.look_at = -math.inf
-        """Nobody can have been silent for too long before."""
+        """Nobody can have been silent for too long before, ..."""
+        self._far_look_at = -math.inf
+        """... and nobody without a link to us."""
         self.states: dict[PeerId, State] = dict.fromkeys(self.records, State.EXPECTED)
         self.records[me.peer] = me
         self.states[me.peer] = State.LIVE
@@ -176,8 +179,15 @@ class Roster:
     def speak(self, **changes: int | float) -> Record:
         """Bring our own record up to date and give it a new beat."""
         self.me = replace(self.me, beat=self.me.beat + 1, **changes)
+        self._told_batch = self.me.batch
         self._note(self.me, self.me.peer)
         return self.me
+
+    def deal(self, batch: int) -> None:
+        """Our batch is another from now on: told at once among few or if by much, else with the next beat."""
+        self.me = self.records[self.me.peer] = replace(self.me, batch=batch)
+        if len(self.records) <= FEW + 1 or abs(batch - self._told_batch) > NEWSWORTHY * self._told_batch:
+            self.speak()
 
     def beat(self, now: float, **own: int | float) -> bool:
         """Speak, if a beat is due or our compute power has become another. Did we?"""
@@ -259,7 +269,10 @@ class Roster:
     def _heard(self, peer: PeerId, at: float) -> None:
         if at >= self._heard_at.get(peer, at):
             self._heard_at[peer] = at
-        self.look_at = min(self.look_at, at + self.silent_after_s)
+        end = at + self._patience_s(peer)
+        self.look_at = min(self.look_at, end)
+        if peer not in self._near_at:
+            self._far_look_at = min(self._far_look_at, end)
 
     def _patience_s(self, peer: PeerId) -> float:
         return self.silent_after_s if peer in self._near_at else self._far_silent_after_s
@@ -288,18 +301,24 @@ class Roster:
         self._near_at.pop(peer, None)
         if peer in self._heard_at:
             self._heard_at[peer] = min(self._heard_at[peer], now - self._patience_s(peer) + patience_s)
-            self.look_at = min(self.look_at, now)
+            self.look_at = self._far_look_at = min(self.look_at, now)
 
     def age(self, now: float, lag_s: float = 0.0) -> list[Change]:
         """Who has been silent for too long; ``lag_s`` is our own loop's lateness, which is not their silence."""
         if now - lag_s <= self.look_at:
             return []
-        ends = {p: at + self._patience_s(p) for p, at in self._heard_at.items() if self.states[p] in LIVING}
-        late = [p for p in sorted(ends) if now - lag_s > ends[p]]
+        whole = now - lag_s > self._far_look_at
+        known = self._heard_at if whole else {p: self._heard_at[p] for p in self._near_at if p in self._heard_at}
+        ends = {p: at + self._patience_s(p) for p, at in known.items() if self.states[p] in LIVING}
+        late = {p for p, end in ends.items() if now - lag_s > end}
+        if whole:
+            far = (end for p, end in ends.items() if p not in late and p not in self._near_at)
+            self._far_look_at = min(far, default=math.inf)
         self.look_at = min((end for p, end in ends.items() if p not in late), default=math.inf)
-        for peer in late:
+        self.look_at = min(self.look_at, self._far_look_at)
+        for peer in sorted(late):
             self._note(replace(self.records[peer], silent=True), self.me.peer)
-        return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in late]
+        return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in sorted(late)]
 
     def news_for(
         self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool], side: str | None = None

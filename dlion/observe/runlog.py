@@ -18,8 +18,11 @@ from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
+import zstandard
 
 Name = TypeVar("Name", bound=str)
+PACKED_BYTES = 1 << 18
+"""So much of a log in memory is packed at a time."""
 FORMAT = 1
 """Version of the schema, in every header; readers refuse a later one."""
 PENDING_EVENTS_MAX = 4096
@@ -201,19 +204,24 @@ class File:
 
 
 class Memory:
-    """Keeps the lines; ``data`` is what a file would hold."""
+    """Keeps the lines, packed: a day of many peers is a gigabyte of them. ``data`` is what a file would hold."""
 
     def __init__(self) -> None:
-        self._pieces: list[bytes] = []
+        self._packed: list[bytes] = []
+        self._open = bytearray()
 
     def write(self, lines: bytes) -> None:
-        self._pieces.append(lines)
+        self._open += lines
+        if len(self._open) >= PACKED_BYTES:
+            self._packed.append(zstandard.ZstdCompressor(level=1).compress(self._open))
+            self._open = bytearray()
 
     def close(self) -> None: ...
 
     @property
     def data(self) -> bytes:
-        return b"".join(self._pieces)
+        unpack = zstandard.ZstdDecompressor().decompress
+        return b"".join([*map(unpack, self._packed), self._open])
 
 
 class Digest:
