@@ -107,6 +107,9 @@ class Block:
     @cached_property
     def values(self) -> Flat:
         """What the receiver will add, float32, ``count`` long; the same bits on both sides. Read only."""
+        return self._decoded()
+
+    def _decoded(self) -> Flat:
         if self.encoding is Encoding.F32:
             return self.codes  # type: ignore[return-value]
         if self.scales is None:
@@ -132,7 +135,9 @@ class Block:
         else:
             places = self.indices.astype(np.intp)  # what NumPy would convert to anyway, twice and slowly
             added = target[places]
-            added += self.values if scale == 1.0 else self.values * np.float32(scale)
+            values = vars(self).get("values")
+            values = self._decoded() if values is None else values  # not kept: a sparse block is seldom added twice
+            added += values if scale == 1.0 else values * np.float32(scale)
             target[places] = added
 
 
@@ -148,8 +153,9 @@ def sparse(
     array: Flat, indices: npt.NDArray[np.integer], encoding: Encoding = Encoding.I8, *, start: int = 0, scanned: int = 0
 ) -> Block:
     """``array[indices]`` of the range ``array``; indices strictly ascending. Raises ValueError as ``dense`` does."""
-    codes, scales = _quantise(array[indices], encoding)
-    return Block(start, array.size, encoding, codes, scales, indices.astype(np.uint32), scanned or len(indices))
+    codes, scales = _quantise(array[indices.astype(np.intp, copy=False)], encoding)
+    places = indices.astype(np.uint32, copy=False)
+    return Block(start, array.size, encoding, codes, scales, places, scanned or len(indices))
 
 
 def compress(

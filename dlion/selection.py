@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dlion.tensors import CHUNK, Flat, Layout
 
-Positions = npt.NDArray[np.intp]
+Positions = npt.NDArray[np.uint32]
 
 SAMPLE_EVERY = 101
 """Stride of the sample: about 1 %; a prime, so that it seldom walks down one column of a matrix."""
@@ -23,7 +23,7 @@ SAMPLE_ALL_BELOW = 1 << 14
 """Arrays up to this size are their own sample: exact at once."""
 TINY = np.float32(1.4e-45)
 """The least positive float32: ``key >= TINY`` means ``not zero``."""
-_NONE: tuple[Positions, Flat] = np.empty(0, dtype=np.intp), np.empty(0, dtype=np.float32)
+_NONE: tuple[Positions, Flat] = np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.float32)
 
 
 class Spectrum:
@@ -150,8 +150,9 @@ class Spectrum:
             if len(here) == 0:
                 continue
             kept.append(keys[here])
-            here += lo
-            positions.append(here)
+            places = here.astype(np.uint32)
+            places += np.uint32(lo)
+            positions.append(places)
             total += len(here)
             if total > count_max:
                 return None
@@ -171,11 +172,11 @@ class Spectrum:
             here = np.flatnonzero(keys > threshold)
             above += len(here)
             kept.append(keys[here])
-            positions.append(here + lo)
+            positions.append((here + lo).astype(np.uint32))
             if ties_left < count and threshold > 0:
                 equal = np.flatnonzero(keys == threshold)[: count - ties_left]
                 ties_left += len(equal)
-                ties.append(equal + lo)
+                ties.append((equal + lo).astype(np.uint32))
         tied, _ = _joined(ties, [])
         tied = tied[: count - above]
         found, found_keys = _joined(positions, kept)
@@ -212,7 +213,7 @@ def _joined(positions: list[Positions], keys: list[Flat]) -> tuple[Positions, Fl
     if len(positions) == 1:
         return positions[0], keys[0] if keys else np.empty(0, dtype=np.float32)
     return (
-        np.concatenate(positions) if positions else np.empty(0, dtype=np.intp),
+        np.concatenate(positions) if positions else np.empty(0, dtype=np.uint32),
         np.concatenate(keys) if keys else np.empty(0, dtype=np.float32),
     )
 

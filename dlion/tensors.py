@@ -6,7 +6,7 @@ Law: knows names, shapes and offsets, and plain arithmetic on flat buffers. Know
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -143,3 +143,26 @@ def sketch(flat: Flat) -> str:
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (4, sample.size))
     found = np.round([np.log(scale), *(signs @ sample / scale)], 2) + 0.0
     return hashlib.blake2b(found.tobytes(), digest_size=8).hexdigest()[:15]
+
+
+def held_bytes(root: object) -> int:
+    """Bytes of the memory that arrays within ``root`` keep alive, through containers and attributes, each once."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, (str, bytes, bytearray, memoryview, type)):
+            continue
+        seen.add(id(each))
+        if isinstance(each, np.ndarray):
+            while isinstance(each.base, np.ndarray):
+                each = each.base
+            found[id(each if each.base is None else each.base)] = each.nbytes
+        elif isinstance(each, Mapping):
+            waiting.extend(each.values())
+        elif isinstance(each, Collection):
+            waiting.extend(each)
+        elif hasattr(each, "__dict__"):
+            waiting.extend(vars(each).values())
+    return sum(found.values())

@@ -14,7 +14,7 @@ import numpy as np
 
 from dlion.blocks import Block
 from dlion.messages import Message, PeerId, Span
-from dlion.tensors import Flat, Layout
+from dlion.tensors import Flat, Layout, held_bytes
 
 
 @dataclass(frozen=True)
@@ -277,11 +277,5 @@ class Exchange:
 
     @property
     def state_bytes(self) -> int:
-        """Memory this strategy keeps in arrays, for the memory account."""
-        return sum(v.nbytes for v in vars(self).values() if isinstance(v, np.ndarray)) + sum(
-            a.nbytes
-            for v in vars(self).values()
-            if isinstance(v, dict)
-            for a in v.values()
-            if isinstance(a, np.ndarray)
-        )
+        """Memory that this strategy keeps in arrays, for the memory account: all that it can reach, once."""
+        return held_bytes(self)

@@ -44,6 +44,7 @@ class Choco(Exchange):
 
     def setup(self, ctx: Context) -> None:
         self._start = ctx.weights.copy()
+        self._work = np.empty_like(self._start)  # what is added from it is added at once: no pace of ours holds it back
         self._public[ctx.me] = np.zeros_like(self._start)
         self._greet(ctx)
 
@@ -52,7 +53,8 @@ class Choco(Exchange):
         self._greet(ctx)
         yield Add(update.values, coverage=(Span(ctx.me, update.step, update.step),))
         mine = self._public[ctx.me]
-        difference = ctx.weights - self._start - mine
+        difference = np.subtract(ctx.weights, self._start, out=self._work)
+        difference -= mine
         count = max(1, round(self.density * difference.size))
         block = compress(difference, block_bytes(Encoding.I8, difference.size, count))
         if block is not None:
@@ -104,7 +106,8 @@ class Choco(Exchange):
             yield Send(tuple(to), Message("difference", ctx.step, blocks=(block,), coverage=coverage))
 
     def _towards_neighbours(self, ctx: Context) -> Flat:
-        change = np.zeros_like(self._start)
+        change = self._work
+        change[:] = 0
         part = self.gossip / (len(ctx.links) + 1)
         heard = [peer for peer in ctx.links if peer not in self._unheard]
         for peer in heard:

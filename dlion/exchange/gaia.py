@@ -22,7 +22,7 @@ from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
 from dlion.exchange.base import Action, Add, Context, Send, Speech, Update
 from dlion.exchange.estates import Estates
 from dlion.messages import Message, PeerId, Span, Stream
-from dlion.tensors import Flat
+from dlion.tensors import CHUNK, Flat
 
 
 class Gaia(Estates):
@@ -107,15 +107,20 @@ class Gaia(Estates):
 
     def _significant(self, weights: Flat, threshold: float) -> Block:
         """The entries that have changed by more than ``threshold`` of their value, taken out of what is gathered."""
-        gathered = self._gathered
-        bound = np.abs(weights)
-        bound *= np.float32(threshold)
-        chosen = np.flatnonzero(np.abs(gathered) > bound)
-        size = gathered.size
-        if block_bytes(Encoding.F32, size) <= block_bytes(Encoding.F32, size, chosen.size):
+        gathered, size = self._gathered, self._gathered.size
+        places = []
+        for lo in range(0, size, CHUNK):
+            bound = np.abs(weights[lo : lo + CHUNK])
+            bound *= np.float32(threshold)
+            here = np.flatnonzero(np.abs(gathered[lo : lo + CHUNK]) > bound)
+            places.append((here + lo).astype(np.uint32))
+        count = sum(map(len, places))
+        if block_bytes(Encoding.F32, size) <= block_bytes(Encoding.F32, size, count):
+            del places
             block = dense(gathered)
             gathered[:] = 0
             return block
+        chosen = np.concatenate(places)
         block = sparse(gathered, chosen, Encoding.F32, scanned=size)
         gathered[chosen] = 0
         return block

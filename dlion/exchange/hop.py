@@ -102,6 +102,10 @@ class Hop(Exchange):
         self._mine.add_to(change, -1.0)
         self._stepped = False
         self._next = current + 1
+        for queue in queues.values():  # what is older than the newest that counted will not count again
+            newest = max((i for i in queue if i <= current), default=0)
+            for iteration in [i for i in queue if i < newest]:
+                del queue[iteration]
         self._skipped += skipped
         self._last[ctx.me] += skipped
         yield Add(change)

@@ -21,7 +21,10 @@ from dlion.blocks import Block, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update
 from dlion.exchange.parts import Outbox
 from dlion.messages import Message, PeerId, Span
-from dlion.tensors import Flat
+from dlion.tensors import Flat, add_scaled
+
+PIECE = 1 << 17
+"""Entries added at a time."""
 
 
 class NoLoCo(Exchange):
@@ -78,7 +81,7 @@ class NoLoCo(Exchange):
         self._steps = 0
         if self._late:
             self.round = max([self.round, *(number for number, _ in self._heard)])
-        self._mine = (dense(self._slow), dense(ctx.weights - self._slow))
+        self._mine = (dense(self._slow), dense(ctx.weights - self._slow, copy=False))
         self._partner = self.partner(ctx)
         if self._partner is not None:
             message = Message("pair", ctx.step, self.round, blocks=self._mine)
@@ -136,15 +139,20 @@ class NoLoCo(Exchange):
         theirs = self._heard.pop(key) if key is not None else None
         slow, delta = self._mine[0].values, self._mine[1].values
         self._velocity *= np.float32(self.momentum)
+        part = self.outer_learning_rate
         if theirs is not None:
             self._late = False
-            self._velocity += (theirs[0].values - slow) * np.float32(0.5 * self.pull)
-            delta = (delta + theirs[1].values) * np.float32(0.5)
-        self._velocity += delta * np.float32(self.outer_learning_rate)
-        self._slow = self._slow + self._velocity
+            part /= 2
+            add_scaled(self._velocity, theirs[0].values, 0.5 * self.pull)
+            add_scaled(self._velocity, slow, -0.5 * self.pull)
+            add_scaled(self._velocity, theirs[1].values, part)
+        add_scaled(self._velocity, delta, part)
+        self._slow += self._velocity
         self._partner = None
         self.round += 1
-        yield Add(self._slow - ctx.weights)
+        for lo in range(0, self._slow.size, PIECE):
+            change = self._slow[lo : lo + PIECE] - ctx.weights[lo : lo + PIECE]
+            yield Add(dense(change, start=lo, copy=False))
 
     # -- newcomers -----------------------------------------------------------------------------------------------
 

@@ -45,15 +45,6 @@ class Piece:
         self.values.add_to(flat)
         return flat
 
-    @property
-    def nbytes(self) -> int:
-        """Of the arrays that it keeps alive."""
-        values = self.values
-        if not isinstance(values, Block):
-            return values.nbytes
-        places = 0 if values.indices is None else values.indices.nbytes
-        return values.codes.nbytes + places + (4 * self.size if "flat" in vars(self) else 0)
-
     def spectrum(self, layout: Layout) -> Spectrum:
         """Its magnitudes per tensor, scanned once however many neighbours choose from them (largest budget first)."""
         if self._spectrum is None:
@@ -107,11 +98,6 @@ class Owed:
                 _add(self._sum, self.only.values)
                 self.only = None
         return self._sum
-
-    @property
-    def nbytes(self) -> int:
-        """Of the sum; an update that is only referred to is its ``Piece``'s."""
-        return 0 if self._sum is None else self._sum.nbytes
 
     def spectrum(self, layout: Layout) -> Spectrum:
         """Magnitudes of what is owed, per tensor."""

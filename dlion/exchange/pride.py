@@ -148,6 +148,7 @@ class Pride(Estates):
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
         self._owe(block, coverage, ctx)
+        del block  # and with it its numbers, unless somebody is owed just that
         yield from self.on_timer("say", ctx)
 
     @staticmethod
@@ -228,11 +229,6 @@ class Pride(Estates):
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
             self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
-
-    @property
-    def state_bytes(self) -> int:
-        """With all the steps that may be kept at a time."""
-        return super().state_bytes + 4 * self._size * self.trust_steps * (self.speculation > 0)
 
     # -- what to say ---------------------------------------------------------------------------------------------
 

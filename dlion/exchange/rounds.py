@@ -15,6 +15,7 @@ is met like that: it begins with its sponsor's anchor, and takes part from the e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -121,8 +122,10 @@ class Rounds(Exchange):
         return slice(0, ctx.layout.size)
 
     def merge(self, step: Flat, given: Flat, moved: Flat) -> Flat:
-        """How the replica moves in the fragment when the anchor does; ``moved`` since we gave our part, may change."""
-        return step - given
+        """How the replica moves in the fragment when the anchor does; ``moved`` since we gave our part. Both it and
+        ``step`` may change."""
+        step -= given
+        return step
 
     def weight(self, ctx: Context) -> float:
         """How much our part counts in the mean."""
@@ -199,11 +202,11 @@ class Rounds(Exchange):
         fragment = self.fragment(ctx)
         moved = self._moved[fragment]
         part = self.part(moved, fragment.start, ctx) if not self._draining else exact(moved, start=fragment.start)
-        given = moved.copy()
         if self.keep_error:
-            said = np.zeros_like(self._moved)
-            part.add_to(said)
-            given = said[fragment]
+            given = np.zeros_like(moved)
+            replace(part, start=0).add_to(given)
+        else:
+            given = moved.copy()
         moved -= given
         self._given = given
         weight = self.weight(ctx)
@@ -250,10 +253,10 @@ class Rounds(Exchange):
         self._anchor[fragment] += step
         given, self._given = self._given, None
         merge = Rounds.merge if self._draining else type(self).merge
-        change = np.zeros_like(self._anchor)
-        change[fragment] = merge(self, step, given, self._moved[fragment])
+        change = merge(self, step, given, self._moved[fragment])
+        del given
         self.round += 1
-        yield Add(change)
+        yield Add(dense(change, start=fragment.start, copy=False))
         if self._due(ctx) and self._steps:
             yield from self._give(ctx)
 

@@ -17,7 +17,7 @@ import numpy as np
 from dlion.blocks import Block, Encoding, sparse
 from dlion.exchange.base import Context
 from dlion.exchange.rounds import Outer, Rounds
-from dlion.tensors import Flat
+from dlion.tensors import CHUNK, Flat
 
 
 class SparseLoCo(Rounds):
@@ -51,13 +51,17 @@ class SparseLoCo(Rounds):
         """Ascending positions of the ``keep`` largest magnitudes of every chunk; the last chunk may be shorter."""
         size = values.size
         whole = size // self.chunk * self.chunk
-        rows = np.abs(values[:whole]).reshape(-1, self.chunk)
-        top = np.argpartition(rows, self.chunk - self.keep, axis=1)[:, self.chunk - self.keep :]
-        top += np.arange(0, whole, self.chunk)[:, None]
+        places = []
+        step = max(1, CHUNK // self.chunk) * self.chunk
+        for lo in range(0, whole, step):
+            rows = np.abs(values[lo : min(lo + step, whole)]).reshape(-1, self.chunk)
+            top = np.argpartition(rows, self.chunk - self.keep, axis=1)[:, self.chunk - self.keep :]
+            top += np.arange(lo, lo + rows.size, self.chunk)[:, None]
+            places.append(top.ravel())
         rest = np.abs(values[whole:])
         count = min(rest.size, max(1, self.keep * rest.size // self.chunk)) if rest.size else 0
         tail = whole + np.argpartition(rest, rest.size - count)[rest.size - count :] if count else np.empty(0, np.intp)
-        return np.sort(np.concatenate((top.ravel(), tail)))
+        return np.sort(np.concatenate((*places, tail)))
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "error": self._error.copy()}

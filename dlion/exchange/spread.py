@@ -311,11 +311,6 @@ class Spread(Exchange):
         self._elder = {key: Owed.of(size, ctx.me, held, awaited=awaited) for key, held in state["elder"].items()}
         self._last, self._beside = dict(state["last"]), set(state["beside"])
 
-    @property
-    def state_bytes(self) -> int:
-        pieces = {id(owed.only): owed.only.nbytes for owed in self.owed.values() if owed.only is not None}
-        return super().state_bytes + sum(owed.nbytes for owed in self.owed.values()) + sum(pieces.values())
-
 
 def _link(peer: PeerId, ctx: Context) -> LinkView | None:
     """Over which something can be said to ``peer`` now, be it a neighbour or have it been one."""
