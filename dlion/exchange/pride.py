@@ -132,7 +132,8 @@ class Pride(Estates):
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         """Add the own step; then round it for all who must hear of it, and say it."""
         values = update.values
-        values *= np.float32(ctx.share)
+        if ctx.share != 1.0:
+            values *= np.float32(ctx.share)
         coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
         oldest_s = ctx.now - self.trust_steps * ctx.step_s

@@ -89,7 +89,8 @@ class Spread(Exchange):
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         values = update.values
-        values *= np.float32(self.weigh(update, ctx))
+        if (weight := self.weigh(update, ctx)) != 1.0:
+            values *= np.float32(weight)
         coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
         yield Add(values, self.hear(ctx), coverage)
