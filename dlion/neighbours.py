@@ -38,6 +38,8 @@ class DialSettings:
 
 
 UNREACHED = LinkError, Malformed, ProtocolError, TimeoutError
+LEAD = 0.9
+"""The lower name asks for signs of life this much sooner: else both would ask, and both answer, at the same instant."""
 CONNECTED = "already connected"
 """The refusal of the second of two simultaneous dials: no fault of anybody."""
 
@@ -328,7 +330,7 @@ class Neighbours:
             on_message=lambda stream, seq, body: listener.heard(peer, stream, seq, body),
             on_writable=lambda: listener.writable(peer),
             on_lost=lambda reason: self._lost(peer, reason),
-            heartbeat_s=self._settings.heartbeat_s,
+            heartbeat_s=self._settings.heartbeat_s * (LEAD if self.identity.peer < peer else 1.0),
         )
         self.connections[peer] = connection
         self._met[peer] = Neighbour(hello.incarnation, connection, dialled_by)

@@ -226,3 +226,18 @@ def test_of_many_spans_all_are_named_in_turn() -> None:
         assert not owed and len(said) <= SPANS_MAX
         named += [span.origin for span in said]
     assert sorted(named) == peers
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+def test_of_very_many_spans_some_are_named_in_turn_and_few_where_nobody_waits(awaited: bool) -> None:
+    owed, size = Owed(2, awaited=awaited), 2
+    origins = [PeerId(f"p{n:03d}") for n in range(200)]
+    named: list[PeerId] = []
+    most = 0
+    while len(named) < len(origins):
+        coverage = tuple(Span(p, 0, 0) for p in origins) if not named else ()
+        owed.add(Piece(np.ones(2, dtype=np.float32), origins[0], size), coverage)
+        spans = owed.said(owed.everything())
+        most = max(most, len(spans))
+        named += [span.origin for span in spans]
+    assert sorted(named) == origins and most == (50 if awaited else 16)

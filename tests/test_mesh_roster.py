@@ -222,3 +222,38 @@ def test_samples_of_all_are_counted_as_they_are_heard() -> None:
     ours.speak(samples=5)
     ours.alive(C, 2, 1.0)
     assert ours.samples == sum(r.samples for r in ours.records.values()) == 165
+
+
+def test_of_many_a_batch_that_differs_by_little_waits_for_the_next_beat() -> None:
+    many = [PeerId(f"p{n:02d}") for n in range(FEW + 12)]
+    ours, few = Roster(Record(many[0], 1), many, SILENT_AFTER_S), roster()
+    told = []
+    for batch in (64, 65, 63, 70):
+        before = ours.me.beat
+        ours.deal(batch)
+        few.deal(batch)
+        told += [batch] * (ours.me.beat > before)
+        assert ours.records[many[0]].batch == batch, "those we speak to anyway hear the newest"
+    assert told == [64, 70] and few.me.beat == 4
+
+
+def test_news_for_those_who_are_told_alike_are_gathered_once() -> None:
+    ours, asked = roster(), []
+    ours.speak(step=1)
+    ours.hear(beat(B, 1), B, 0.0)
+
+    def carried(peer: PeerId, teller: PeerId) -> bool:
+        asked.append(peer)
+        return True
+
+    first, second, apart = (ours.news_for(C, carried, "x"), ours.news_for(D, carried, "x"), ours.news_for(B, carried))
+    assert first is second and [r.peer for r in first] == [B, A] and asked == [B]
+    assert [r.peer for r in apart] == [A], "B knows what it told us"
+    assert ours.news_for(C, carried, "x") == []
+
+
+def test_texts_of_news_are_as_long_as_a_field_may_be() -> None:
+    records = [Record(PeerId(f"c{n:03d}p00"), 1, n, n, 64 * n, 12.8, 64, 0.123456789) for n in range(1000)]
+    texts = news_texts(records)
+    assert max(map(len, texts)) <= 4096 and len(texts) <= 20
+    assert records_of(texts[0]) is records_of(texts[0]), "mates hold the same records"

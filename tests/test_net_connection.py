@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dlion import clock
+from dlion.neighbours import LEAD
 from dlion.net.chunks import DATA, HEADER, Bye, ProtocolError
 from dlion.net.connection import HEARTBEAT_S, Connection
 from dlion.net.greeting import EARLY_BYTES_MAX, HELLO_BYTES_MAX, Greeting
@@ -94,6 +95,21 @@ async def test_messages_and_answers_flow_and_come_to_rest() -> None:
     assert a.connection.session.idle and b.connection.session.idle, "little is acknowledged when asked for"
     await asyncio.sleep(10.0)
     assert asyncio.get_running_loop().time() - a.connection.last_heard <= HEARTBEAT_S
+    a.connection.close()
+    b.connection.close()
+
+
+@virtual
+async def test_on_a_quiet_link_the_sooner_asks_for_signs_of_life_and_the_other_answers() -> None:
+    a, b = Peer(), Peer()
+    a.connection.heartbeat_s *= LEAD
+    ends = shaped(1000, 0.0002)
+    for peer, end in zip((a, b), ends, strict=True):
+        peer.connection.attach(end, {})
+    await asyncio.sleep(300)
+    frames = sum(end.written_bytes for end in ends) / HEADER.size  # type: ignore[attr-defined]
+    assert frames <= 2 * 300 / (LEAD * HEARTBEAT_S) + 6, "twice as many if both asked"
+    assert not a.lost and not b.lost
     a.connection.close()
     b.connection.close()
 

@@ -155,3 +155,12 @@ def test_a_directory_reads_into_columns_lives_in_order_and_evaluations_from_besi
     assert run.peers["b1"][runlog.Refuse]["reason"].size == 0
     assert run.seconds == 9.0
     assert set(run.peers["a1"].links()) == {"b1"}
+
+
+def test_a_log_in_memory_is_packed_and_whole() -> None:
+    memory = runlog.Memory()
+    lines = [line(runlog.Batch(t=float(n), size=n, global_size=8 * n)) for n in range(12_000)]
+    for each in lines:
+        memory.write(each)
+    assert memory.data == b"".join(lines) and len(memory.data) > 2 * runlog.PACKED_BYTES
+    assert sum(map(len, memory._packed)) + len(memory._open) < len(memory.data) // 3

@@ -15,8 +15,6 @@ from dlion.net.link import Link
 from dlion.net.session import NEVER, Buffer, Session
 
 HEARTBEAT_S = 3.0
-LEAD = 0.9
-"""Who asks for signs of life does so this much sooner than the other end would: one asks, one answers."""
 JOIN_BYTES_MAX = 32 * 1024
 """Buffers below this together are joined: one write costs more than the copy."""
 OnMessage = Callable[[int, int, memoryview], None]
@@ -77,8 +75,6 @@ class Connection:
         self._ack_timer: asyncio.TimerHandle | None = None
         self._ack_timer_at = NEVER
         self._beat_timer: asyncio.TimerHandle | None = None
-        self._led = False
-        """The other end asked last: it will ask again, and our answer is our sign of life."""
         self._full = False
         self._full_since = self._full_s = 0.0
         self.moved = True
@@ -229,12 +225,11 @@ class Connection:
     def _beat(self) -> None:
         """Say something if we have been silent, and look again when we may have been."""
         now = self._loop.time()
-        silent_until = self._last_written + self.heartbeat_s * (1.0 if self._led else LEAD)
+        silent_until = self._last_written + self.heartbeat_s
         if now >= silent_until:
-            self._led = False
             self.session.sign(now)
             self._pump_soon()
-            silent_until = now + self.heartbeat_s * LEAD
+            silent_until = now + self.heartbeat_s
         self._beat_timer = self._loop.call_at(silent_until, self._beat)
 
     # In --------------------------------------------------------------------------------------------------------
@@ -256,7 +251,6 @@ class Connection:
         elif session.peer_bye is not None:
             self._part(session.peer_bye)
         elif self._ear is not None:
-            self._led = self._led or session.asked
             if self._full or session.queued_bytes or session.owes(now):
                 self._pump_soon()
             else:

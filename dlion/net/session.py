@@ -142,11 +142,6 @@ class Session:
             self._ping_wanted = True
 
     @property
-    def asked(self) -> bool:
-        """A PING has come that was not answered yet."""
-        return self._pong is not None
-
-    @property
     def asking(self) -> bool:
         """A PING is out that was not answered yet; acknowledgements come with the answer."""
         return self._ping is not None
