@@ -102,7 +102,8 @@ class Estates(Spread):
         speak for itself; a limited link is spared."""
         told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
         everybody = ctx.routes.mesh and len(told) == len(ctx.members) - 1
-        for dead in sorted(set(self._met) - set(ctx.members) - self._settled):
+        able = ctx.members.keys() | ctx.former.keys()  # who leaves may still speak
+        for dead in sorted(self._met.keys() - able - self._settled):
             if not everybody and self._met[dead] != ctx.cloud:
                 continue
             heirs = [p for p in told if everybody or ctx.links[p].lan]
@@ -113,7 +114,7 @@ class Estates(Spread):
                 fields: dict[str, Scalar] = {"cloud": ctx.cloud, "of": dead, "life": self._lives.get(dead, 0)}
                 message = Message("estate", ctx.step, 0, fields, (estate,))
                 yield Send(tuple(p for p in heirs if not self.spares(ctx.links[p])), message)
-        for dead in sorted(set(self._wills) - set(ctx.members)):
+        for dead in sorted(self._wills.keys() - able):
             message = self._wills.pop(dead)
             if int(message.fields["life"]) >= self._lives.get(dead, 0):  # else it is of a life that is settled
                 yield from self._accept(dead, ctx, message)
