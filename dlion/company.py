@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -174,8 +175,8 @@ class Company:
     def show(self, ctx: Context) -> None:
         """The strategy's picture of members and links, brought up to date while its lane rests."""
         connections = self.neighbours.connections
-        anew = self.membership.show(ctx, connections, [p for p, c in connections.items() if c.connected])
-        for peer, view in [*ctx.links.items(), *ctx.former.items()]:
+        anew = self.membership.show(ctx, connections, (p for p, c in connections.items() if c.connected))
+        for peer, view in chain(ctx.links.items(), ctx.former.items()):
             connection = connections[peer]
             if not (connection.moved or anew):
                 continue
