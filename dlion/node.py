@@ -99,20 +99,19 @@ class Node:
         self._own_pending = False
         self._outcome = Outcome()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._stopping, self._leaving = "", False
+        self._stopping, self._leaving, self._changed = "", False, asyncio.Event()
 
     # -- life ---------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Node:
         self._loop = asyncio.get_running_loop()
         self._zero = self._loop.time() - self.keeper.zero_s
-        self._changed, self._finished = asyncio.Event(), asyncio.Event()
         self._idle: asyncio.Future[None] = self._loop.create_future()
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         await self._group.__aenter__()
         self.company.start(self._spawn, self._put, self._changed.set)
-        self._spawn(self._live())
+        self._life = self._spawn(self._live())
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
@@ -125,7 +124,8 @@ class Node:
             try:
                 await self._group.__aexit__(*failure)
             except BaseExceptionGroup as group:
-                raise group.exceptions[0] from None
+                self._stopping = f"{type(error := group.exceptions[0]).__name__}: {error}"
+                raise error from None
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._group.create_task(work)
@@ -145,8 +145,8 @@ class Node:
         self.journal.close()
 
     async def wait(self) -> None:
-        """Until training and draining are over."""
-        await self._finished.wait()
+        """Until training and draining are over; what fails is raised by the block, where nothing after this is run."""
+        await asyncio.wait([self._life])
 
     def stop(self, reason: str, *, leaving: bool = True) -> None:
         """End training after the step under way, then drain. ``leaving``: only we go; else everybody finishes now."""
@@ -168,23 +168,21 @@ class Node:
         return self._loop.time() - self._zero
 
     async def _live(self) -> None:
-        try:
-            running = [self._spawn(self._tick()), self._spawn(self._exchange())]
-            self.state = "joining"
-            await self.company.gather(lambda: bool(self._stopping), self._change)
-            if self.company.porch.under_way and not self._stopping:
-                start, stopping = self.keeper.start_over(), lambda: bool(self._stopping)
-                entered = await self.company.porch.enter(start, self.settings.start_wait_s, stopping, self._change)
-                self.keeper.zero_s, self.step = entered.t, entered.step
+        running = [self._spawn(self._tick()), self._spawn(self._exchange())]
+        self.state = "joining"
+        await self.company.gather(lambda: bool(self._stopping), self._change)
+        if self.company.porch.under_way and not self._stopping:
+            start, stopping = self.keeper.start_over(), lambda: bool(self._stopping)
+            entered = await self.company.porch.enter(start, self.settings.start_wait_s, stopping, self._change)
+            self.keeper.zero_s, self.step = entered.t, entered.step
+        if self.neighbours.connections or not self._stopping:  # else there is nobody to take leave of
             self._begin()
             await self._train()
             await self._drain()
-            for task in running:
-                task.cancel()
-            self.journal.end(self.step, self._stopping, self.seams.compute.overrun)
-            self.state = "stopped"
-        finally:
-            self._finished.set()
+        for task in running:
+            task.cancel()
+        self.journal.end(self.step, self._stopping, self.seams.compute.overrun)
+        self.state = "stopped"
 
     def _begin(self) -> None:
         """Training time starts now, or goes on from the checkpoint's."""

@@ -50,10 +50,14 @@ class StatusReader:
             "links": self._read_links(),
             "members": {"live": len(roster.live), "total": len(roster.records)},
             "ready": state == "training",
-            "reasons": [*([] if state == "training" else [f"state is {state}"]), *self._trouble()],
+            "reasons": [*([] if state == "training" else [self._why()]), *self._trouble()],
             "loop_lag_s": meter.lag_p99_s,
             "refused": {peer: dict(reasons) for peer, reasons in meter.refusals.items()},
         }
+
+    def _why(self) -> str:
+        ended = self._node.ended
+        return f"state is {self._node.state}{ended and f': {ended}'}"
 
     def _trouble(self) -> list[str]:
         """What does not keep the peer from training, but somebody should mend."""

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import re
 import threading
+import time
+import warnings
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -12,10 +18,11 @@ import pytest
 from aiohttp import web
 
 import dlion
+from dlion.company import Alone
 from dlion.learn.workload import Evaluation, Indices
 from dlion.net.upgrade import serve
 from dlion.observe.read import read_directory
-from dlion.observe.runlog import Apply, Step
+from dlion.observe.runlog import Apply, Member, Step
 from dlion.tensors import Flat, Layout, Tensors
 
 TOPOLOGY = """
@@ -132,9 +139,7 @@ def test_an_application_answers_while_its_node_trains_with_a_neighbour(tmp_path:
 
 def test_an_embedded_peer_goes_on_from_its_last_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Leaving waits until it is written; ``fresh`` starts over."""
-    path = _files(tmp_path, "x1", "y1", 9)
-    (tmp_path / "two.toml").write_text('[clouds]\nx.members = ["x1"]\n')
-    path.write_text(path.read_text().split("[peers]")[0])
+    path = _single(tmp_path)
 
     async def run(steps: int, *, fresh: bool = False) -> tuple[int, int]:
         embedded = dlion.embed(path, workload=Line(), fresh=fresh)
@@ -150,3 +155,152 @@ def test_an_embedded_peer_goes_on_from_its_last_checkpoint(tmp_path: Path, caplo
     assert first[0] == 0 and again[0] == first[1] >= 20
     assert any(f"goes on from checkpoint 0.end, step {first[1]}" in message for message in caplog.messages)
     assert asyncio.run(run(1, fresh=True))[0] == 0
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def _readme(start: str) -> str:
+    """The README's code block that begins with ``start``."""
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    return next(block for block in blocks if block.startswith(start))
+
+
+async def _ports(count: int) -> list[int]:
+    probes = [await serve(web.Application(), "127.0.0.1", 0) for _ in range(count)]
+    for probe in probes:
+        await probe.close()
+    return [probe.port for probe in probes]
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30.0):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def test_the_application_of_the_readme_takes_leave_over_links_that_it_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just as it stands there; its neighbour dials it, and is told at its shutdown; accuracy is shown as told."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"np": np, "Layout": Layout, "Tensors": Tensors, "Evaluation": Evaluation}
+    exec(_readme("class Line"), names)
+    exec(_readme("import asyncio, dlion").replace("web.run_app", "# web.run_app"), names)
+    made: list[dlion.embedded.Embedded] = []
+    monkeypatch.setattr(names["dlion"], "embed", lambda *a, **k: made.append(embed(*a, **k)) or made[-1])
+    from dlion.embedded import embed
+
+    async def main() -> float:
+        here, there = await _ports(2)
+        (tmp_path / "peers").mkdir()
+        for name, other, port in (("x1", "y1", there), ("y1", "x1", here)):
+            path = _files(tmp_path, name, other, port)
+            path.write_text(path.read_text().replace(f"127.0.0.1:{there}/dlion", ""))
+        for file, new in (("x1", "west"), ("two", "two"), ("line", "line")):
+            (tmp_path / f"peers/{new}.toml").write_text((tmp_path / f"{file}.toml").read_text())
+        neighbour = embed(tmp_path / "y1.toml", workload=names["Line"]())
+        runner = web.AppRunner(await names["application"]())
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", here).start()
+        async with neighbour as node, aiohttp.ClientSession() as client:
+            await _until(lambda: min(node.step, made[0].node.step) > 20)
+            made[0].status.accuracy = names["Line"]().evaluate(node.ctx.weights.copy()).accuracy
+            async with client.get(f"http://127.0.0.1:{here}/admin/metrics") as answer:
+                assert f"dlion_accuracy {made[0].status.accuracy:g}\n" in await answer.text()
+            started = time.monotonic()
+            await runner.cleanup()
+            return time.monotonic() - started
+
+    took_s = asyncio.run(main())
+
+    assert made[0].node.ended == "shutdown" and took_s < 10
+    run = read_directory(tmp_path / "out")
+    assert "left" in {str(state) for state in run.peers["y1"][Member]["state"]}
+    assert not (tmp_path / "out/snapshots").exists(), "nobody would come for them"
+
+
+class Broken(Line):
+    """Its store of data goes away."""
+
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        raise RuntimeError("my store is gone")
+
+
+class Silent(Line):
+    def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+        super().gradient(weights, batch, out)
+        return None  # type: ignore[return-value]
+
+
+def _single(tmp_path: Path) -> Path:
+    path = _files(tmp_path, "x1", "y1", 9)
+    (tmp_path / "two.toml").write_text('[clouds]\nx.members = ["x1"]\n')
+    path.write_text(path.read_text().split("[peers]")[0])
+    return path
+
+
+@pytest.mark.parametrize(("workload", "says"), [(Broken(), "my store is gone"), (Silent(), "expected the mean loss")])
+def test_what_ends_the_training_is_raised_and_told(tmp_path: Path, workload: Line, says: str) -> None:
+    """By the block and by the status; nothing that stands behind ``wait`` in the block is done."""
+    reached: list[str] = []
+
+    async def main() -> list[str]:
+        embedded = dlion.embed(_single(tmp_path), workload=workload)
+        with pytest.raises((RuntimeError, TypeError), match=says):
+            async with embedded as node:
+                elsewhere = asyncio.create_task(node.wait())
+                await node.wait()
+                reached.append("as if all were well")
+        await elsewhere
+        with pytest.raises(RuntimeError, match="runs once"):
+            await embedded.__aenter__()
+        return embedded.status()["reasons"]
+
+    (reason,) = asyncio.run(main())
+    assert not reached and reason.startswith("state is stopped: ") and says in reason
+
+
+def test_who_never_met_anybody_is_gone_at_once(tmp_path: Path) -> None:
+    """Nobody is there to take leave of: stopped before it began, while it waits, or given up."""
+
+    async def stopped(when: Callable[[], Awaitable[None]]) -> float:
+        embedded = dlion.embed(_files(tmp_path, "x1", "y1", 9), workload=Line(), flags={"node.suspect_after": "15s"})
+        started = time.monotonic()
+        async with embedded as node:
+            await when()
+            node.stop("shutdown")
+        assert node.ended == "shutdown"
+        return time.monotonic() - started
+
+    async def given_up() -> None:
+        path = _files(tmp_path, "x1", "y1", 9)
+        async with dlion.embed(path, workload=Line(), flags={"node.start_wait": "100ms"}) as node:
+            await node.wait()
+
+    assert asyncio.run(stopped(lambda: asyncio.sleep(0))) < 10
+    assert asyncio.run(stopped(lambda: asyncio.sleep(0.1))) < 10
+    with pytest.raises(Alone, match="tried y1"):
+        asyncio.run(given_up())
+
+
+def test_a_peer_that_is_made_and_never_run_holds_nothing(tmp_path: Path) -> None:
+    """As when the application's port is taken."""
+
+    async def main() -> None:
+        dlion.embed(_single(tmp_path), workload=Line())
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        asyncio.run(main())
+        gc.collect()
+    assert not [w for w in caught if issubclass(w.category, ResourceWarning)]
+
+
+@pytest.mark.parametrize("workload", [Line, "line:Line", object()])
+def test_what_is_no_workload_is_refused(tmp_path: Path, workload: Any) -> None:
+    async def main() -> None:
+        dlion.embed(_single(tmp_path), workload=workload)
+
+    with pytest.raises(TypeError, match="expected an object with layout, train_size"):
+        asyncio.run(main())

@@ -45,7 +45,8 @@ class Fault(Exception):  # noqa: N818 - a fault is what happened to the user; ou
         return ("where", self.where), ("why", self.why), ("what to do", self.advice)
 
     def __str__(self) -> str:
-        return self.what
+        """One line, for those who catch it in their own program."""
+        return "; ".join(filter(None, (self.what, self.where, self.why, self.advice)))
 
 
 KNOWN: Mapping[str, tuple[int, str]] = {

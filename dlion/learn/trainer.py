@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
@@ -98,6 +98,8 @@ class Trainer:
         rate = self._schedule(global_samples)
         gradient = np.empty(self.workload.layout.size, dtype=np.float32)
         loss = self.workload.gradient(snapshot, indices, gradient)
+        if not isinstance(loss, SupportsFloat):
+            raise TypeError(f"{type(self.workload).__name__}.gradient: expected the mean loss as result, got {loss!r}")
         values = self._optimizer.step(gradient, snapshot, rate)
         return StepResult(values, loss, batch, rate, cursor)
 

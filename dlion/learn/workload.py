@@ -35,6 +35,7 @@ class Evaluation:
     """Accuracy of each class, where there are classes; nan for one without samples."""
 
 
+@runtime_checkable
 class Workload(Protocol):
     """A model, its loss and this peer's part of the data. All arrays float32; flat buffers are ``layout.size`` long."""
 

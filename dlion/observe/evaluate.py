@@ -66,8 +66,8 @@ class Pending:
 
 
 def due(directory: Path, behind_max: int = BEHIND_MAX, only: str = "") -> list[Pending]:
-    """What to evaluate now, oldest step first; of peer ``only``, if given. Of a peer that is more than ``behind_max`` behind, only the newest;
-    its older ones are deleted."""
+    """What to evaluate now, oldest step first; of peer ``only``, if given. Of a peer that is more than ``behind_max``
+    behind, only the newest; its older ones are deleted."""
     waiting: dict[tuple[str, str], list[Pending]] = {}
     for path in sorted(directory.glob(f"{only}.*{SUFFIX}" if only else f"*{SUFFIX}")):
         one = Pending.of(path)

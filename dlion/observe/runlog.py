@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import Protocol, TypeVar
@@ -188,19 +189,23 @@ class Sink(Protocol):
 
 
 class File:
-    """Appends to ``path``; every ``write`` reaches the operating system at once, so a killed peer loses one second."""
+    """Appends to ``path``, opened by the first ``write``: who is made and never run holds no file. Every ``write``
+    reaches the operating system at once, so a killed peer loses one second."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._path = path
+        self._file: FileIO | None = None
 
     def write(self, lines: bytes) -> None:
+        self._file = file = self._file or self._path.open("ab", buffering=0)
         view = memoryview(lines)
         while view:
-            view = view[self._file.write(view) :]
+            view = view[file.write(view) :]
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Memory:
