@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from aiohttp import web
 
 from dlion import __version__, tensorfile
 from dlion.cli.agree import Agreement, agreed
 from dlion.cli.build import Plan, node_of, workload_of
-from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, Fault
+from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, TEMPORARY, Fault
 from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
@@ -29,7 +30,7 @@ from dlion.learn.workload import Part, Workload
 from dlion.messages import PeerId
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
 from dlion.net.stream import StreamLink
-from dlion.net.upgrade import UpgradeDialer, peer_application, serve
+from dlion.net.upgrade import Site, UpgradeDialer, peer_application, serve
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.admin import admin_application
 from dlion.observe.evaluate import SnapshotStore
@@ -106,7 +107,7 @@ class Snapshots:
 
 @dataclass(frozen=True)
 class Guest:
-    """What a loop of the caller's own brings, in place of the job's."""
+    """What the caller brings and evaluates itself, in place of the job's: a loop of its own, an application's model."""
 
     learner: Learner
     settings: NodeSettings
@@ -206,7 +207,7 @@ async def hosted(
     layout = (does.learner.trainer.workload if isinstance(does, Guest) else does).layout
     have, damages = await asyncio.to_thread(held, plan, out, peer, layout, start)
     door, agreement = _Door(), Agreement(plan, peer, have)
-    site = await serve(peer_application(door.knock, answer=agreement.answer), *doors.listen)
+    site = await _open(peer_application(door.knock, answer=agreement.answer), doors.listen, "listen")
     keeping: Keeping | None = None
     try:
         here = f"{doors.listen[0]}:{site.port}"
@@ -266,12 +267,23 @@ def _open_directory(out: Path, peer: PeerId, doors: Doors) -> Path:
     return log_path
 
 
+async def _open(app: web.Application, at: tuple[str, int], key: str) -> Site:
+    """Raises Fault where nobody can listen ``at``: it is taken, not ours, or a name that does not resolve."""
+    try:
+        return await serve(app, *at)
+    except OSError as error:
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror or str(error)
+        advice = "end whoever listens there, or name a free port of an address of this host"
+        raise Fault(TEMPORARY, f"cannot listen on {at[0]}:{at[1]}", key, why, advice) from error
+
+
 @asynccontextmanager
 async def _admin(doors: Doors, status: StatusReader) -> AsyncIterator[str]:
     if doors.admin is None:
         yield ""
         return
-    site = await serve(admin_application(status), *doors.admin)
+    site = await _open(admin_application(status), doors.admin, "admin")
     try:
         yield f"{doors.admin[0]}:{site.port}"
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +19,14 @@ from rich.console import Console
 
 from dlion import __version__
 from dlion.cli.build import Plan, check
-from dlion.cli.errors import CANNOT_READ, DRAIN_CUT_SHORT, NO_PEER, Fault
+from dlion.cli.errors import CANNOT_READ, DRAIN_CUT_SHORT, Fault
 from dlion.cli.host import Doors, Hosted, Signals, address, hosted, save_model
 from dlion.cli.keep import Start
 from dlion.cli.measure import measuring
 from dlion.cli.options import flags_of
 from dlion.cli.planfile import load_plan, save_plan
 from dlion.config import PeerSetup, load_setup
+from dlion.mesh.roster import State as Presence
 from dlion.messages import PeerId
 from dlion.observe.live import LiveView
 
@@ -67,7 +68,6 @@ def described(setup: PeerSetup, out: Path | None) -> Described:
     )
     directory = out or Path(setup.peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{setup.peer.name}")
     plan = plan_of_peer(setup)
-    save_plan(plan, directory)
     return Described(plan, PeerId(setup.peer.name), doors, setup.addresses, directory, setup.peer.advertise or "")
 
 
@@ -91,6 +91,7 @@ async def _run(who: Described, start: Start) -> int:
     plan, peer, doors, out = who.plan, who.peer, who.doors, who.out
     console = Console(stderr=True, highlight=False)
     async with hosted(plan, peer, doors, out, who.addresses, start=start) as host:
+        save_plan(plan, out)  # not before: a run that lies here keeps its own when this one is refused
         dialled = f" (neighbours dial {who.advertise})" if who.advertise else ""
         console.print(
             f"dlion {__version__}  run {plan.run}  peer {peer}  seed {plan.job.job.seed}  "
@@ -103,15 +104,15 @@ async def _run(who: Described, start: Start) -> int:
             console.print(f"[yellow]warning:[/] {host.listen} speaks plaintext: anybody on the way can read and forge")
         if host.keeping.notice:
             console.print(host.keeping.notice, soft_wrap=True)
-        with Signals(host.node.stop, host.node.checkpoint), LiveView(console) as view:
-            async with _measured(who, host, view):
-                await _watch(host, view, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
-                model = save_model(host.node, out)
+        with LiveView(console) as view:
+            news = News(host, who.addresses, view.say)
+            with Signals(host.node.stop, news.asked):
+                async with _measured(who, host, view):
+                    await _watch(host, view, news, REFRESH_S if console.is_terminal else PIPED_REFRESH_S)
+                    model = save_model(host.node, out)
         reason = host.node.ended
     reached = "" if host.status.accuracy is None else f"accuracy {host.status.accuracy:.4f}, "
     console.print(f"{peer}: {host.node.step} steps, {reached}{reason}; model: {model}", soft_wrap=True)
-    if not any(link["received_bytes"] for link in host.status()["links"].values()) and len(plan.peers) > 1:
-        raise Fault(NO_PEER, f"{peer} met none of its neighbours", why="it trained alone", advice="check addresses")
     return DRAIN_CUT_SHORT if "cut short" in reason else 0
 
 
@@ -126,16 +127,71 @@ async def _measured(who: Described, host: Hosted, view: LiveView) -> AsyncIterat
         yield
 
 
-async def _watch(host: Hosted, view: LiveView, refresh_s: float) -> None:
-    """Show the status until the node has finished."""
-    finished, told = asyncio.create_task(host.node.wait()), False
+class News:
+    """What happens to a peer once in a while, told when ``look`` finds it."""
+
+    def __init__(self, host: Hosted, addresses: Mapping[PeerId, str], say: Callable[[str], None]) -> None:
+        self._host, self._node, self._addresses, self._say = host, host.node, addresses, say
+        self._entered, self._awaits = False, ""
+        self._away: list[PeerId] = []
+        self._trouble = host.keeping.trouble
+        self._before: str | None = None
+        """The last checkpoint when one was asked for."""
+
+    def asked(self) -> None:
+        """A signal asks for a checkpoint: tell what becomes of it."""
+        if self._node.checkpoint():
+            self._before = self._host.keeping.written
+        else:
+            self._say("no checkpoint now: that takes all peers, in training")
+
+    def look(self) -> None:
+        node, keeping = self._node, self._host.keeping
+        if (entered := node.company.porch.entered) is not None and not (entered.fault or self._entered):
+            self._entered = True
+            self._say(f"{node.me}: the run was under way; came in at step {entered.step}, {entered.t:.1f} s")
+        if node.state == "joining":
+            self._wait()
+        elif node.state == "training":
+            self._miss()
+        if keeping.trouble not in ("", self._trouble):
+            self._say(keeping.trouble)
+        self._trouble = keeping.trouble
+        if self._before not in (None, keeping.written):
+            self._before = None
+            self._say(f"checkpoint {keeping.written} is written")
+
+    def _absent(self) -> list[PeerId]:
+        company = self._node.company
+        return sorted(p for p in company.membership.neighbours if not company.neighbours.connected(p))
+
+    def _wait(self) -> None:
+        """Before training: who is awaited, and where it is dialled."""
+        awaits = ", ".join(f"{p} ({self._addresses.get(p) or 'dials us'})" for p in self._absent())
+        if awaits and awaits != self._awaits and not self._node.company.porch.under_way:
+            self._say(f"waits for {awaits}; {self._node.settings.start_wait_s:g} s at most")
+        self._awaits = awaits
+
+    def _miss(self) -> None:
+        """Afterwards: who has no link to us, and when it has again."""
+        away, states = self._absent(), self._node.company.membership.roster.states
+        for peer in sorted({*away} ^ {*self._away}):
+            why = states[peer] if states[peer] in (Presence.FINISHED, Presence.LEFT) else "not reached"
+            self._say(f"goes on without {peer} ({why})" if peer in away else f"{peer} is there")
+        self._away = away
+
+
+async def _watch(host: Hosted, view: LiveView, news: News, refresh_s: float) -> None:
+    """Show the status, and what is new, until the node has finished."""
+    finished, loop = asyncio.create_task(host.node.wait()), asyncio.get_running_loop()
+    due = loop.time() + refresh_s
     try:
         while not finished.done():
-            await asyncio.wait([finished], timeout=refresh_s)
-            view.show([host.status()])
-            if (entered := host.node.company.porch.entered) is not None and not told:
-                told = True
-                view.say(f"{host.node.me}: the run was under way; came in at step {entered.step}, {entered.t:.1f} s")
+            news.look()
+            await asyncio.wait([finished], timeout=REFRESH_S)
+            if finished.done() or loop.time() >= due:
+                due += refresh_s
+                view.show([host.status()])
         await finished
     finally:
         finished.cancel()
