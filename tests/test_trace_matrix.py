@@ -13,6 +13,7 @@ from dlion.cli.topology import topology
 from dlion.config import load_topology
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
+from dlion.net.traces import TraceError
 
 DATA = Path(os.environ.get("DLION_DATA", Path(__file__).parents[1] / "../shared/data")) / "wan"
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no recorded matrices at {DATA} (set DLION_DATA)")
@@ -79,6 +80,26 @@ def test_a_city_matrix_needs_a_stated_bandwidth(tmp_path: Path) -> None:
     assert "as stated, not measured" in (tmp_path / "net.toml").read_text()
 
 
+def test_a_table_of_both_wants_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "both.csv").write_text("region_a,region_b,delay_ms,bandwidth_gbps\nOslo,Rome,40,0.5\n")
+    given = ("--throughput", tmp_path / "both.csv", "--regions", "Oslo,Rome")
+    one = made(tmp_path / "net.toml", *given)
+    assert link(one, "Rome-1", "Oslo-1") == (pytest.approx(5e8), pytest.approx(0.02))  # a round trip of 40 ms
+    with pytest.raises(Fault, match="says both rates and round trips"):
+        made(tmp_path / "net.toml", *given, "--bandwidth", "1Mbit")
+    with pytest.raises(Fault, match="found '-3'"):
+        made(tmp_path / "net.toml", *given, "--compute", "-3")
+
+
+def test_tiers_are_asked_for_and_named(grids: tuple[Path, Path], tmp_path: Path) -> None:
+    given = ("--throughput", grids[0], "--latency", grids[1], "--regions", "x:1,y:1")
+    with pytest.raises(TraceError, match="several tiers: P/P, S/S") as refused:
+        made(tmp_path / "net.toml", *given)
+    assert "--tier" in refused.value.advice
+    with pytest.raises(TraceError, match="nothing of tier p/p; there are P/P"):
+        made(tmp_path / "net.toml", *given, "--tier", "p")
+
+
 @real
 def test_recorded_matrices_become_topologies(tmp_path: Path) -> None:
     regions = "aws:us-east-1,azure:westeurope,gcp:asia-east1-a"
@@ -92,4 +113,7 @@ def test_recorded_matrices_become_topologies(tmp_path: Path) -> None:
     dtfm = made(
         tmp_path / "d.toml", "--throughput", DATA / "dtfm-aws10-delay-bandwidth.csv", "--regions", "Oregon,Ohio"
     )
-    assert link(dtfm, "Oregon-1", "Ohio-1") == (pytest.approx(1.1e9), pytest.approx(0.049))
+    assert link(dtfm, "Oregon-1", "Ohio-1") == (pytest.approx(1.1e9), pytest.approx(0.0245))
+    gcp = sky / "gcp_intracloud_throughput_2022-04.csv.xz"  # names no tiers
+    asked = ("--throughput", gcp, "--latency", sky / "latency_2022.csv.xz", "--tier", "PREMIUM")
+    made(tmp_path / "g.toml", *asked, "--regions", "gcp:us-east1-b,gcp:asia-east1-a")

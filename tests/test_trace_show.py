@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from dlion.cli.errors import Fault
+from dlion.cli.errors import Fault, fault_of
 from dlion.cli.trace import trace
 from dlion.net.traces import TraceError, members
 from dlion.net.wan import Rate
@@ -60,8 +62,11 @@ def test_formats_that_tell_themselves_and_one_that_does_not(tmp_path: Path) -> N
     (tmp_path / "speeds.json").write_text('{"v100": {"(A, 1)": 3.5}}')
     prose = tmp_path / "readme"
     prose.write_text("Sites are far, and few\nor near\n")
-    with pytest.raises(Fault, match="does not say what its numbers are"):
+    with pytest.raises(Fault, match="of no known format: 'Sites are far, and few'"):
         shown(str(prose))
+    (tmp_path / "nothing").write_text("# only a word\n")
+    with pytest.raises(Fault, match="an empty file"):
+        shown(str(tmp_path / "nothing"))
     with pytest.raises(Fault, match="JSON is no trace"):
         shown(str(tmp_path / "speeds.json"))
     (tmp_path / "delays").write_text("t,one_way\n0,20\n1,30\n")
@@ -74,6 +79,29 @@ def test_bad_lines_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("0 1\n1 x\n")
     with pytest.raises(TraceError, match=r"bad:2: .*'x'"):
         shown(str(tmp_path / "bad"), "--format", "s-mbit")
+
+
+def test_what_to_do_fits_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("t,down\n0,4\n1,x\n")
+    (tmp_path / "plain.gz").write_text("1\n2\n")
+    (tmp_path / "cut.xz").write_bytes(lzma.compress(b"1\n2\n" * 99)[:-20])
+    with tarfile.open(tmp_path / "some.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "table.csv", "table.csv")
+    csv = ("--time", "t", "--column", "down")
+    for name, args, what, advice in (
+        ("gone.csv", (), "cannot be read: No such file", ""),
+        ("table.csv", ("--column", "down"), "no column 'time'", "--time"),
+        ("table.csv", csv, ":3: ", "mend this line"),
+        ("table.csv", (*csv, "--unit", "ells"), "unknown unit 'ells'", ""),
+        ("plain.gz", (), "cannot be unpacked", "as it is packed"),
+        ("cut.xz", (), "cannot be unpacked", "fetch it again"),
+        ("some.tar.xz::other", (), "no file 'other' in it", "trace show"),
+    ):
+        with pytest.raises(TraceError) as refused:
+            shown(str(tmp_path / name), *args)
+        fault = fault_of(refused.value)
+        assert fault is not None and what in fault.what and "Errno" not in fault.what
+        assert advice in fault.advice if advice else fault.advice == "", name
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:

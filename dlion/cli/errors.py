@@ -52,7 +52,7 @@ class Fault(Exception):  # noqa: N818 - a fault is what happened to the user; ou
 KNOWN: Mapping[str, tuple[int, str]] = {
     "dlion.config.errors:ConfigError": (CONFIGURATION, ""),
     "dlion.learn.data:DataError": (BAD_DATA, "check the files named, and the directory given by --data"),
-    "dlion.net.traces:TraceError": (BAD_DATA, "mend the line named, or name the format that the file really has"),
+    "dlion.net.traces:TraceError": (BAD_DATA, ""),
     "dlion.net.link:LinkError": (NO_PEER, "check that the peer runs, and the address and port it is dialled at"),
 }
 """``module:class`` of the rooms' own errors -> exit code and advice. Subclasses count.
@@ -70,7 +70,7 @@ def fault_of(error: Exception) -> Fault | None:
         return error
     known = _known(error)
     if known is not None:
-        return Fault(known[0], str(error), advice=known[1])
+        return Fault(known[0], str(error), advice=getattr(error, "advice", known[1]))
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
         extra = EXTRAS[(error.name or "").partition(".")[0]]
         return Fault(

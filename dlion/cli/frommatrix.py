@@ -6,6 +6,7 @@ filled in.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -96,9 +97,11 @@ def _measured(
     """Read the files, whichever kind they are. Raises Fault, TraceError."""
     where = f" (tier {'/'.join(tiers)})" if tiers else ""
     if throughput and _header(throughput).startswith("region_a"):
+        if bandwidth or latency:
+            advice = "leave out --bandwidth and --latency"
+            raise Fault(USAGE, "the table says both rates and round trips", throughput, advice=advice)
         grid = matrices.undirected(throughput)
-        trips = Matrix({pair: 2 * delay for pair, delay in grid.delay_s.values.items()})
-        return Measured(grid.bandwidth, trips, (f"bandwidth and delay: {Path(throughput).name}",))
+        return Measured(grid.bandwidth, grid.round_trip_s, (f"bandwidth and round trips: {Path(throughput).name}",))
     if (throughput is None) == (bandwidth is None):
         raise Fault(
             USAGE, "bandwidths are missing or given twice", advice="one of --throughput FILE or --bandwidth RATE"
@@ -156,8 +159,10 @@ def _speeds(compute: Iterable[str], names: Sequence[str]) -> dict[str, float]:
             raise Fault(USAGE, f"--compute: {region!r} is not among the regions", advice=", ".join(names))
         try:
             found[region] = float(value)
+            if not 0 < found[region] < math.inf:
+                raise ValueError(value)
         except ValueError:
-            raise Fault(USAGE, f"--compute: found {text!r}", advice="a number, or REGION=NUMBER") from None
+            raise Fault(USAGE, f"--compute: found {text!r}", advice="a number above 0, or REGION=NUMBER") from None
     return {name: speed for name in names if (speed := found.get(name, found.get(""))) is not None}
 
 

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from dlion.cli.errors import USAGE, Fault
+from dlion.cli.errors import BAD_DATA, USAGE, Fault
 from dlion.net import traces
 from dlion.net.wan import Rate
 from dlion.observe.tracefacts import Facts, facts, total
@@ -41,9 +41,14 @@ def trace() -> None:
 @click.argument("file")
 @click.option("--format", "form", type=click.Choice(FORMS), help="[default: what the file's first lines tell]")
 @click.option("--time", default="time", show_default=True, help="csv: the column of the time.")
-@click.option("--time-unit", default="s", show_default=True, help="csv: its unit.")
-@click.option("--column", help="csv: the column of the rate.")
-@click.option("--unit", default="Mbit/s", show_default=True, help="csv: its unit.")
+@click.option("--time-unit", default="s", show_default=True, help=f"csv: its unit, of {', '.join(traces.TIME_UNITS)}.")
+@click.option("--column", help="csv: the column of the rate, or of the delay.")
+@click.option(
+    "--unit",
+    default="Mbit/s",
+    show_default=True,
+    help=f"csv: its unit, of {', '.join(traces.RATE_UNITS)}; or of a delay, as of the time.",
+)
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Draw it to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(  # noqa: PLR0917 - one per option
@@ -103,7 +108,9 @@ def _told_by(file: str) -> str:
         some = "\n    ".join([*names[:10], *([f"and {len(names) - 10} more"] if len(names) > 10 else [])])
         raise Fault(USAGE, "an archive of several files", file, advice=f"name one of them:\n    {some}")
     lines = [fields for _, fields in zip(range(FIRST_LINES), traces.rows(file, ","), strict=False)]
-    first = lines[0][1] if lines else [""]
+    if not lines:
+        raise Fault(BAD_DATA, "an empty file", file)
+    first = lines[0][1]
     if all(len(fields) == 1 and fields[0].isdecimal() for _, fields in lines):
         return "mahimahi"
     if len(first) == 3 and first[1] in ("add", "remove"):
@@ -115,7 +122,10 @@ def _told_by(file: str) -> str:
     as_many = {len(fields) for _, fields in lines} == {len(first)}
     if as_many and len(first) > 1 and not any(field.replace(".", "").isdecimal() for field in first):
         return "csv"
-    raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
+    if len(",".join(first).replace(",", " ").split()) == 2:
+        raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
+    what = f"the first line is of no known format: {', '.join(first)[:60]!r}"
+    raise Fault(BAD_DATA, what, file, advice="docs/traces.md tells which are read; --format names one")
 
 
 def _columns(file: str) -> str:

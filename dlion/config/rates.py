@@ -108,7 +108,7 @@ class Rates:
             try:
                 self._parsed[table] = self._parse(table, unit, key)
             except traces.TraceError as error:
-                raise self._reader.error(join(key, "trace"), str(error), "a trace file that is whole") from error
+                raise self._reader.error(join(key, "trace"), str(error)) from error
         return self._parsed[table]
 
     def _check(self, table: TraceTable, unit: str, key: str) -> None:

@@ -13,6 +13,7 @@ import gzip
 import lzma
 import math
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,7 @@ PACKET_BITS = 1500 * 8
 """One Mahimahi delivery opportunity."""
 STEP_S = 0.1
 MEMBER = "::"
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, tarfile.TarError, zlib.error)
 
 TIME_UNITS: Mapping[str, float] = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "h": 3600.0}
 RATE_UNITS: Mapping[str, float] = {
@@ -43,11 +45,12 @@ FORMATS: tuple[Format, ...] = ("mahimahi", "s-mbit", "ms-kbit")
 
 
 class TraceError(Exception):
-    """A trace file is refused: which one, which line (0: the file as a whole) and why."""
+    """A trace file is refused: which one, which line (0: the file as a whole), why, and what to do about it."""
 
-    def __init__(self, path: str, line: int, what: str) -> None:
+    def __init__(self, path: str, line: int, what: str, advice: str = "") -> None:
         self.path, self.line, self.what = path, line, what
-        super().__init__(path, line, what)
+        self.advice = advice or ("mend this line, or name the format that the file really has" if line else "")
+        super().__init__(path, line, what, advice)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.what}" if self.line else f"{self.path}: {self.what}"
@@ -66,11 +69,11 @@ def text(path: str | Path) -> str:
             raw = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(Path(name).suffix, bytes)(raw)
         return raw.decode()
     except KeyError:
-        raise TraceError(name, 0, f"the archive has no file {member!r}") from None
+        raise TraceError(name, 0, f"no file {member!r} in it", f"dlion trace show {name} names all") from None
     except UnicodeDecodeError as error:
         raise TraceError(str(path), 0, f"not text: {error.reason} at byte {error.start}") from None
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, gzip.BadGzipFile) as error:
-        raise TraceError(str(path), 0, f"cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise _unreadable(str(path), error) from error
 
 
 def members(path: str | Path) -> list[str]:
@@ -78,8 +81,14 @@ def members(path: str | Path) -> list[str]:
     try:
         with tarfile.open(path) as archive:
             return [f"{path}{MEMBER}{name}" for name in sorted(m.name for m in archive.getmembers() if m.isfile())]
-    except (OSError, EOFError, lzma.LZMAError, tarfile.TarError) as error:
-        raise TraceError(str(path), 0, f"cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(path: str, error: Exception) -> TraceError:
+    if isinstance(error, OSError) and error.strerror is not None:  # a damaged gzip file is an OSError without
+        return TraceError(path, 0, f"cannot be read: {error.strerror}")
+    return TraceError(path, 0, f"cannot be unpacked: {error}", "fetch it again, or let its name end as it is packed")
 
 
 def rows(path: str | Path, separator: str | None = None) -> Iterator[tuple[int, list[str]]]:
@@ -167,10 +176,9 @@ def table(path: str | Path, columns: Columns, *, loop: bool = True) -> Recorded:
     wanted = [c for c in (columns.time, columns.bandwidth, columns.delay) if c is not None]
     missing = [c for c in wanted if c not in names]
     if missing:
-        raise TraceError(
-            str(path), 1, f"no column {', '.join(map(repr, missing))}; there are {', '.join(names) or 'none'}"
-        )
-    scale_s = _unit(path, columns.time_unit, TIME_UNITS)
+        what = f"no column {', '.join(map(repr, missing))}; there are {', '.join(names) or 'none'}"
+        raise TraceError(str(path), 1, what, "say which is the time and which the value (--time, --column)")
+    scale_s, scale_bps = _unit(path, columns.time_unit, TIME_UNITS), _unit(path, columns.bandwidth_unit, RATE_UNITS)
     series: list[list[tuple[float, float]]] = [[] for _ in wanted[1:]]
     for number, fields in lines:
         if len(fields) != len(names):
@@ -178,7 +186,7 @@ def table(path: str | Path, columns: Columns, *, loop: bool = True) -> Recorded:
         time, *values = (number_of(path, number, fields[names.index(c)]) for c in wanted)
         for points, value in zip(series, values, strict=True):
             _append(points, str(path), number, time * scale_s, value)
-    bandwidth = _rate(path, series[0], _unit(path, columns.bandwidth_unit, RATE_UNITS), loop)
+    bandwidth = _rate(path, series[0], scale_bps, loop)
     if columns.delay is None:
         return Recorded(bandwidth, None)
     return Recorded(bandwidth, _rate(path, series[1], _unit(path, columns.delay_unit, TIME_UNITS), loop))

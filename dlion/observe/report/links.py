@@ -39,9 +39,9 @@ def links(run: Run, theme: Theme) -> Figure | None:
 def _multiples(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeries], theme: Theme) -> Figure:
     """All cells on one pair of axes (a hundred axes draw slowly): the cell of row i, column j begins at (j, i)."""
     count = len(names)
-    height_in = 0.75 + 0.98 * count
+    height_in = 0.85 + 0.98 * count
     figure = Figure(figsize=(WIDTH_IN, height_in))
-    axes = figure.add_axes((0.045, 0.3 / height_in, 0.95, 1 - 0.7 / height_in))
+    axes = figure.add_axes((0.045, 0.4 / height_in, 0.95, 1 - 0.8 / height_in))
     axes.set_xlim(0, count)
     axes.set_ylim(count, 0)
     axes.axis("off")
@@ -57,13 +57,14 @@ def _multiples(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeri
         if lan:
             axes.add_patch(Rectangle(corner, CELL, CELL, facecolor=theme.wash, linewidth=0))
         _spark(axes, corner, link, theme.muted if lan else colours.get(source, theme.ink), theme)
-    figure.text(0.045, 0.1 / height_in, _caption(run), color=theme.muted, fontsize=8.5, va="center")
+    figure.text(0.045, 0.17 / height_in, _caption(run), color=theme.muted, fontsize=8.5, va="center")
     return figure
 
 
 def _caption(run: Run) -> str:
     return (
-        f"Line: what the link can carry.  Area: what was sent.  One scale per cell (its own largest capacity); "
+        "Line: what the link can carry, looked at once a second (dotted: as its sender measured it).  "
+        "Area: what was sent.\nOne scale per cell (its own largest capacity); "
         f"0 to {run.seconds:.0f} s.  Grey cells lie inside a micro-cloud."
     )
 
