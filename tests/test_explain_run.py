@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from dlion.cli import engines
 from dlion.cli.build import Plan
-from dlion.cli.explain import command
+from dlion.cli.explain import Answer, command, show_answer
 from dlion.cli.simulate import run_simulation
 from dlion.config import load_job, load_topology
 from dlion.mesh.topology import Resource, Speed, Topology
@@ -87,3 +88,18 @@ def test_without_replays_it_only_describes_and_in_words(tmp_path: Path) -> None:
     assert explained(tmp_path, "--no-replay")["what_if"] is None
     text = CliRunner().invoke(command, [str(tmp_path), "--no-replay"], catch_exceptions=False).stdout
     assert "a1 waits longest" in text and "c1 waits least" in text and len(text.splitlines()) < 24
+
+
+def test_nothing_helps_means_no_more_than_chance(capsys: pytest.CaptureFixture[str]) -> None:
+    answer: Answer = {
+        "measure": "time to 0.90",
+        "as_it_is": 10.0,
+        "chance": 0.17,
+        "what_ifs": [{"what": "peer.a.speed", "half": 14.0, "double": 9.0}],
+        "costs_most": None,
+    }
+    show_answer(Console(), answer)
+    told = capsys.readouterr().out
+    assert "9.0 s (-10%, may be chance)" in told and "help by more than chance (17%)." in told
+    show_answer(Console(), {**answer, "chance": 0.0})
+    assert "Doubling none of these would help." in capsys.readouterr().out

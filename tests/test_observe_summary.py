@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from observe_runs import SIX, peer_events
 
+from dlion.cli.show import show_summary
 from dlion.observe import runlog
 from dlion.observe.read import PeerLog, Run
 from dlion.observe.report.series import accuracy_band
-from dlion.observe.summary import mean_accuracy, summarise, time_to
+from dlion.observe.summary import Summary, mean_accuracy, summarise, time_to
 
 
 def header(peer: str, cloud: str = "a") -> runlog.Header:
@@ -75,7 +77,7 @@ def test_every_figure_by_hand() -> None:
             send(30, True),
             evaluation(1.0, 0.4),
             evaluation(2.0, 0.8),
-            runlog.End(t=5.0, steps=1, reason="until", overrun=0.03, void=True),
+            runlog.End(t=5.0, steps=1, reason="until (drain cut short)", overrun=0.03, void=True),
         ],
     )
     summary = summarise(run, wall_seconds=0.5, log_sha256="00", replica_disagreement=0.25, targets=(0.5, 0.9))
@@ -85,6 +87,8 @@ def test_every_figure_by_hand() -> None:
         "topology": "pair",
         "seed": 7,
         "virtual_seconds": 5.0,
+        "drain_seconds": 1.0,
+        "cut_short": ["b"],
         "wall_seconds": 0.5,
         "accuracy": {"mean": pytest.approx(0.8), "worst": 0.8, "per_peer": {"a": 0.6, "b": 0.8}},
         "time_to": {"0.50": pytest.approx(1.5), "0.90": None},
@@ -101,6 +105,19 @@ def test_every_figure_by_hand() -> None:
         "void": True,
         "log_sha256": "00",
     }
+
+
+def test_a_drain_a_cut_and_refusals_are_told_and_older_summaries_still_read(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = runlog.Refuse(t=2.0, peer="b", reason="it is not training")
+    end = runlog.End(t=5.0, steps=1, reason="until (drain cut short)")
+    summary = summarise(run_of(a=[step(1.0, 0), refused], b=[step(2.0, 0), end]))
+    show_summary(summary, as_json=False)
+    told = capsys.readouterr().out
+    assert "5.0 s, of these 3.0 s drain" in told and "b stopped before all had" in told and "refused" in told
+    earlier = {key: value for key, value in summary.items() if key not in ("drain_seconds", "cut_short")}
+    show_summary(msgspec.convert(earlier, Summary), as_json=False)
+    told = capsys.readouterr().out
+    assert "5.0 s\n" in told and "drain" not in told
 
 
 def test_steps_done_again_after_a_resume_count_once() -> None:

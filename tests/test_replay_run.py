@@ -79,6 +79,16 @@ def test_a_changed_replay_is_the_run_with_that_change(run: Path) -> None:
     assert foretold["log_sha256"] == run_simulation(slower)["log_sha256"]  # type: ignore[index]
 
 
+def test_nearness_is_told_of_what_was_not_changed_only(run: Path) -> None:
+    def told(*args: str) -> str:
+        return CliRunner().invoke(command, [str(run), *args], catch_exceptions=False).stdout
+
+    assert "equal log sha256" in told()
+    assert "steps per peer: within" in told("--recorded")
+    for change in (("--set", "peer.c1.speed=x2"), ("--set", "link.a-c.bandwidth=x2"), ("--exchange", "ako")):
+        assert "steps of a1" in (text := told(*change)) and "within" not in text
+
+
 def test_another_strategy_and_seed(run: Path) -> None:
     found = replayed(run, "--exchange", "ako", "--seed", "3", "--until", "4s", "--set", "train.learning_rate=0.01")
     summary = found["replayed"]

@@ -212,7 +212,7 @@ def show(
     for sentence in sentences(times, uses):
         console.print(sentence)
     if answer is not None:
-        _show_answer(console, answer)
+        show_answer(console, answer)
 
 
 WORDS: Mapping[str, str] = {
@@ -245,7 +245,8 @@ def sentences(times: Mapping[str, PeerTime], uses: Mapping[tuple[str, str], Link
     return said
 
 
-def _show_answer(console: Console, answer: Answer) -> None:
+def show_answer(console: Console, answer: Answer) -> None:
+    """The what-ifs as a table, and which of them costs most."""
     seconds = answer["measure"] != "samples"
 
     def outcome(value: float | None) -> str:
@@ -267,4 +268,5 @@ def _show_answer(console: Console, answer: Answer) -> None:
         table.add_row(one["what"], outcome(one["half"]), outcome(one["double"]))
     console.print(table)
     most = answer["costs_most"]
-    console.print(f"What costs most: [bold]{most}[/]." if most else "Doubling none of these would help.")
+    beyond = f" by more than chance ({answer['chance']:.0%})" if answer["chance"] >= CHANGES_NOTHING else ""
+    console.print(f"What costs most: [bold]{most}[/]." if most else f"Doubling none of these would help{beyond}.")

@@ -78,7 +78,7 @@ def command(directory: Path, all_recorded: bool, out: Path | None, as_json: bool
         return
     for note in found.notes:
         click.echo(note, err=True)
-    show(Console(highlight=False), both, same)
+    show(Console(highlight=False), both, same, as_it_was=plan == found.plan)
 
 
 def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
@@ -127,7 +127,8 @@ def digest_of(directory: Path) -> str:
 # -- on the screen ------------------------------------------------------------------------------------------------
 
 
-def show(console: Console, both: SideBySide, same: bool) -> None:
+def show(console: Console, both: SideBySide, same: bool, as_it_was: bool = True) -> None:
+    """How near the replay came is said of a run ``as_it_was``; of a changed one it would say nothing."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("", "recorded", "replayed", "change"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -149,6 +150,7 @@ def show(console: Console, both: SideBySide, same: bool) -> None:
     console.print(table)
     if same:
         console.print("the same run, line by line: equal log sha256")
+    if same or not as_it_was:
         return
     for what, pairs in (("steps per peer", both["steps"]), ("bytes per link", both["link_bytes"])):
         most = worst(pairs)
@@ -167,4 +169,4 @@ def _figure(value: float | None, unit: str) -> str:
         case "share":
             return f"{value:.4f}"
         case _:
-            return f"{value:.0f}"
+            return f"{value:.1f}".removesuffix(".0")

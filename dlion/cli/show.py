@@ -15,6 +15,9 @@ from rich.table import Table
 from dlion.observe.live import percent, size
 from dlion.observe.summary import Summary
 
+DRAIN_SHOWN_S = 1.0
+"""Less is not worth a word."""
+
 
 def show_summary(summary: Summary, as_json: bool, out: Path | None = None) -> None:
     """The whole summary as one JSON object, or what a person wants to know."""
@@ -26,6 +29,7 @@ def show_summary(summary: Summary, as_json: bool, out: Path | None = None) -> No
     console.print(
         f"[bold]{summary['exchange']}[/] on {summary['job']}, {summary['topology']}, seed {summary['seed']}: "
         f"{summary['virtual_seconds']:.1f} s"
+        + (f", of these {drain:.1f} s drain" if (drain := summary.get("drain_seconds", 0.0)) >= DRAIN_SHOWN_S else "")
         + (f" (computed in {wall:.1f} s)" if (wall := summary["wall_seconds"]) is not None else "")
     )
     facts = Table.grid(padding=(0, 2))
@@ -38,6 +42,10 @@ def show_summary(summary: Summary, as_json: bool, out: Path | None = None) -> No
     if summary["replica_disagreement"] is not None:
         facts.add_row("replicas differ by", f"{summary['replica_disagreement']:.1e} of their norm")
     facts.add_row("staleness", f"median {summary['staleness']['p50']:.0f}, most {summary['staleness']['max']} steps")
+    if cut := summary.get("cut_short"):
+        facts.add_row("drain cut short", f"{', '.join(cut)} stopped before all had what they were owed")
+    if summary["refused"]:
+        facts.add_row("refused", f"{summary['refused']} times: the logs' refuse lines say what and why")
     if summary["void"]:
         facts.add_row("[red]void for timing[/]", f"this machine missed the modelled pace by {summary['overrun']:.1%}")
     console.print(facts)

@@ -6,7 +6,7 @@ Law: pure; from a Run to plain JSON values. What the logs cannot know (hash, wal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,10 @@ class Summary(TypedDict):
     topology: str
     seed: int
     virtual_seconds: float
+    drain_seconds: NotRequired[float]
+    """Of them, those after the last step of all; absent from files of an earlier version."""
+    cut_short: NotRequired[list[str]]
+    """Who stopped before all had what it owed them."""
     wall_seconds: float | None
     accuracy: Accuracy
     time_to: dict[str, float | None]
@@ -87,6 +91,8 @@ def summarise(
         "topology": run.header.topology,
         "seed": run.header.seed,
         "virtual_seconds": run.seconds,
+        "drain_seconds": run.seconds - max(float(log[Step]["t"].max(initial=0.0)) for log in logs.values()),
+        "cut_short": [peer for peer, log in logs.items() if any("cut short" in why for why in log[End]["reason"])],
         "wall_seconds": wall_seconds,
         "accuracy": {
             "mean": float(np.mean(list(ended.values()))) if ended else None,
