@@ -1,6 +1,7 @@
 """A node's status as plain values: what the admin application, the metrics and the live table read.
 
-Law: reads a node, changes nothing but the marks of its own last look. Cheap enough for every second.
+Law: reads a node, changes nothing but the marks of its own last look, from which the largest staleness is counted.
+Cheap enough for every second.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class StatusReader:
         self._marks: dict[str, tuple[int, int, int]] = {}
         self._at = 0.0
         self._links: dict[str, LinkStatus] = {}
+        self._staleness_max = 0
 
     def __call__(self) -> PeerStatus:
         node, meter = self._node, self._node.meter
@@ -46,8 +48,8 @@ class StatusReader:
             "samples_per_s": meter.samples_per_s,
             "step_s": meter.step_s,
             "stall_share": min(1.0, meter.waited_s / elapsed_s),
-            "staleness_max": node.replica.staleness_max,
             "links": self._read_links(),
+            "staleness_max": self._staleness_max,
             "members": {"live": len(roster.live), "total": len(roster.records)},
             "ready": state == "training",
             "reasons": [*([] if state == "training" else [self._why()]), *self._trouble()],
@@ -88,4 +90,5 @@ class StatusReader:
                 "sent_bytes_by_kind": dict(meter.by_kind),
             }
         self._at, self._links = node.now, links
+        self._staleness_max, node.replica.staleness_max = node.replica.staleness_max, 0
         return links

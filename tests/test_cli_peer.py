@@ -60,6 +60,15 @@ def test_a_name_that_does_not_resolve_passes_too(host: Path, capsys: pytest.Capt
     assert "cannot listen on no.such.invalid:7100" in capsys.readouterr().err
 
 
+def test_plaintext_off_loopback_is_refused(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = FILE.format(listen=0, admin=0, nobody=1).replace(
+        'listen = "127.0.0.1:0"', 'listen = "0.0.0.0:0"\nadvertise = "a:1"'
+    )
+    (host / "west.toml").write_text(text)
+    assert cli.main(["peer", "west.toml"]) == errors.REFUSED
+    assert "set insecure_plaintext = true in the peer file" in capsys.readouterr().err
+
+
 def test_a_directory_that_cannot_be_written_is_told_as_such(host: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (host / "west.toml").write_text(FILE.format(listen=0, admin=0, nobody=1))
     (host / "run").write_text("a file")

@@ -28,6 +28,7 @@ from dlion.net.upgrade import UpgradeDialer, peer_application, serve
 from dlion.node import Node, NodeSettings
 from dlion.observe.runlog import Memory, RunLog
 from dlion.simulation import MemoryNetwork, ModelledCompute
+from dlion.status import StatusReader
 from dlion.tensors import Flat, disagreement
 
 # -- in virtual time -----------------------------------------------------------------------------------------------
@@ -171,6 +172,8 @@ def test_staleness_counts_steps_behind_our_last_one() -> None:
     assert {n.replica.staleness_max for n in ran.nodes.values()} == {0}
     free = run(net("a1 | b1", speeds={"b1": BATCH / 1.0}), Full, pace="free")
     assert free.nodes["a1"].replica.staleness_max >= 8
+    assert StatusReader(free.nodes["a1"])()["staleness_max"] >= 8
+    assert StatusReader(free.nodes["a1"])()["staleness_max"] == 0, "since the last look"
 
 
 # -- in real time, with real threads -------------------------------------------------------------------------------

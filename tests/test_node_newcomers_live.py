@@ -66,6 +66,8 @@ def test_a_peer_that_was_killed_comes_back_by_itself(tmp_path: Path) -> None:
         for name, life in lives.items():
             assert life.returncode == 0, told[name]  # type: ignore[attr-defined]
     assert "the run was under way; came in at step" in told["z1"]
+    before, _, after = told["x1"].partition("goes on without z1 (not reached)\n")
+    assert "z1 is there\n" in after and "z1 is there\n" not in before
     assert steps(tmp_path / "z1", "z1.2") > 20
     agree({name: tmp_path / name for name in NAMES})
     for name in ("x1", "y1"):

@@ -63,6 +63,7 @@ def test_a_dead_peer_is_missed_and_nothing_at_all_can_be_shown() -> None:
     ended: PeerStatus = {**status(step=200), "state": "stopped"}
     killed: PeerStatus = {**status("b1", 30), "state": "stopped"}
     assert progress_line([ended, killed]).startswith("step: 200  ")
+    assert "peers: 2/2" in progress_line([ended]), "one alone says who lived when it stopped"
 
 
 def test_a_pipe_gets_one_plain_line_per_interval_and_a_terminal_a_table() -> None:

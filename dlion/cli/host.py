@@ -22,7 +22,7 @@ from aiohttp import web
 from dlion import __version__, tensorfile
 from dlion.cli.agree import Agreement, agreed
 from dlion.cli.build import Plan, node_of, workload_of
-from dlion.cli.errors import CANNOT_WRITE, CONFIGURATION, TEMPORARY, Fault
+from dlion.cli.errors import CANNOT_WRITE, REFUSED, TEMPORARY, Fault
 from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
@@ -196,7 +196,7 @@ async def hosted(
     """
     if doors.listen[0] not in LOOPBACK and not doors.insecure_plaintext:
         raise Fault(
-            CONFIGURATION,
+            REFUSED,
             f"{peer} would speak plaintext on {doors.listen[0]}",
             why="links are neither encrypted nor authenticated in this version",
             advice="listen on loopback behind a tunnel, or set insecure_plaintext = true in the peer file",

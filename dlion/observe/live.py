@@ -74,7 +74,7 @@ def progress_line(statuses: Sequence[PeerStatus]) -> str:
 
 def _living(statuses: Sequence[PeerStatus], active: Sequence[PeerStatus]) -> int:
     """Of many peers, those that run; one alone says whom it believes to live."""
-    return len(active) if len(statuses) != 1 else max((s["members"]["live"] for s in active), default=0)
+    return len(active) if len(statuses) != 1 else statuses[0]["members"]["live"]
 
 
 def table(statuses: Sequence[PeerStatus], width: int = 120) -> RenderableType:
