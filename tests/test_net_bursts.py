@@ -88,10 +88,10 @@ async def estimates(
 def test_bursts_of_a_few_chunks_find_the_rate(
     mbps: float, rtt_s: float, burst_s: float, pause_s: float, both: bool
 ) -> None:
-    """Within 15 % after twelve bursts (and six seconds), be the other direction busy or not; at no time above."""
+    """Within a fifth after twelve bursts (and six seconds), be the other direction busy or not; at no time above."""
     nbytes, every_s = int(mbps * 125_000 * burst_s), burst_s + pause_s
     seen = run(estimates(Rate.constant(mbps * 1e6), rtt_s, nbytes, every_s, 6 + 12 * every_s, both=both))
-    assert seen[-1][1] / 1e6 == pytest.approx(mbps, rel=0.15)
+    assert seen[-1][1] / 1e6 == pytest.approx(mbps, rel=0.2)
     assert max(bps for _, bps, _ in seen) <= 1.1e6 * mbps
 
 
