@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from dlion.cli.compare import command as compare
 from dlion.cli.errors import Fault
+from dlion.cli.simulate import command as simulate
 from dlion.cli.topology import topology
-from dlion.config import load_topology
+from dlion.config import ConfigError, load_topology
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.net.traces import TraceError
@@ -89,6 +91,17 @@ def test_a_table_of_both_wants_no_other_file(tmp_path: Path) -> None:
         made(tmp_path / "net.toml", *given, "--bandwidth", "1Mbit")
     with pytest.raises(Fault, match="found '-3'"):
         made(tmp_path / "net.toml", *given, "--compute", "-3")
+
+
+def test_virtual_time_wants_a_speed_of_every_peer(tmp_path: Path) -> None:
+    (tmp_path / "both.csv").write_text("region_a,region_b,delay_ms,bandwidth_gbps\nOslo,Rome,40,0.5\n")
+    out = tmp_path / "net.toml"
+    given = ["from-matrix", "--throughput", str(tmp_path / "both.csv"), "--regions", "Oslo,Rome", "--out", str(out)]
+    assert "give --compute" in CliRunner().invoke(topology, [*given, "--compute", "Oslo=50"]).stderr
+    for verb in (simulate, compare):
+        with pytest.raises(ConfigError, match=r"how fast Rome-1 would be .* Add compute\.Rome\.samples_per_s"):
+            CliRunner().invoke(verb, ["--topology", str(out)], catch_exceptions=False)
+    assert CliRunner().invoke(topology, [*given, "--compute", "50"]).stderr == ""
 
 
 def test_tiers_are_asked_for_and_named(grids: tuple[Path, Path], tmp_path: Path) -> None:

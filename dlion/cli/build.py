@@ -186,11 +186,14 @@ def node_settings(job: Job) -> NodeSettings:
 
 
 def identity_of(plan: Plan, peer: PeerId, workload: Workload, incarnation: int) -> Identity:
-    """``model``: half of it says names and shapes, half the starting values; peers that differ in either would drift
-    apart unnoticed."""
+    """``job``: with who is in which micro-cloud, and how they talk. ``model``: half of it says names and shapes, half
+    the starting values. Peers that differ in any of these would drift apart unnoticed."""
+    topology = plan.topology
+    clouds = sorted((p, topology.cloud_of(p)) for p in plan.peers)
+    job = config_hash(job_hash(plan.job), topology.talk, clouds)[:16]
     start = sketch(workload.initial(plan.job.job.seed).flat)
     model = f"{workload.layout.digest[:16]}/{start}"
-    return Identity(plan.run, peer, incarnation, job_hash(plan.job)[:16], model)
+    return Identity(plan.run, peer, incarnation, job, model)
 
 
 def write_header(plan: Plan, identity: Identity, workload: Workload, log: RunLog) -> None:
@@ -239,4 +242,14 @@ def node_of(
 def check(plan: Plan) -> Plan:
     """``plan``, after its strategy, settings and pace were found to make sense; raises ConfigError."""
     pace_of(plan.job, exchange_of(plan.job))
+    return plan
+
+
+def modelled(plan: Plan) -> Plan:
+    """``plan``, after every peer was found to have a speed: virtual time knows no real one. Raises ConfigError."""
+    unstated = [peer for peer, spec in plan.topology.peers.items() if spec.speed is None]
+    if unstated:
+        found = f"nothing says how fast {', '.join(unstated)} would be in virtual time"
+        hint = f"Add compute.{plan.topology.cloud_of(unstated[0])}.samples_per_s, or see docs/traces.md."
+        raise ConfigError(plan.topology.name, "compute", found, "a speed of every peer", hint)
     return plan

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dlion import __version__
 from dlion.cli import engines
-from dlion.cli.build import Plan, check
+from dlion.cli.build import Plan, check, modelled
 from dlion.cli.errors import BAD_DATA, TEMPORARY, Fault
 from dlion.cli.options import duration, flags_of, plan_of, run_options
 from dlion.cli.planfile import encode_plan
@@ -79,7 +79,7 @@ def cell() -> None:
 def cells_of(options: Mapping[str, Any], seeds: int) -> dict[str, Plan]:
     """Key -> plan, strategy by strategy. All are checked before the first one runs; raises ConfigError."""
     names = [name.strip() for name in (options["exchange"] or "").split(",") if name.strip()]
-    base = plan_of({**options, "exchange": names[0] if names else None})
+    base = modelled(plan_of({**options, "exchange": names[0] if names else None}))
     names = list(dict.fromkeys(names)) or [base.job.exchange.name]
     plans = []
     for name in names:

@@ -82,6 +82,8 @@ def from_matrix(  # noqa: PLR0917 - one per option
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = load_topology(out)
     click.echo(f"{out}: {len(made.peers)} peers, {len(made.clouds)} micro-clouds, {len(made.links)} links")
+    if len(speeds) < len(names):
+        click.echo("virtual time needs a speed of every peer, too: give --compute, or write [compute]", err=True)
 
 
 def _tiers(tier: str | None) -> tuple[str, str] | None:

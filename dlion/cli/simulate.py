@@ -16,7 +16,7 @@ import click
 import msgspec
 import numpy as np
 
-from dlion.cli.build import Plan, exchange_of, node_of, node_settings, pace_of, workload_of
+from dlion.cli.build import Plan, exchange_of, modelled, node_of, node_settings, pace_of, workload_of
 from dlion.cli.keep import parts_of
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
@@ -217,7 +217,7 @@ def command(kills: tuple[str, ...], resume: Path | None, **options: Any) -> None
 
     The same node, strategy, session and links as a live run; gradients are real, durations are modelled.
     """
-    plan = plan_of(options)
+    plan = modelled(plan_of(options))
     deaths = tuple(map(parse_death, kills))
     for death in deaths:
         if death.peer not in plan.topology.peers:

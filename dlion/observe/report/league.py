@@ -21,7 +21,8 @@ from dlion.observe.summary import together
 NOTE = (
     "Median over seeds, the range in brackets. Times to a target are read from the mean accuracy of the peers; "
     "accuracy is that of the view a peer would deploy. Disagreement is the largest distance of a replica from the "
-    "mean of all, relative to the norm of that mean. A run that failed takes part in no figure."
+    "mean of all, relative to the norm of that mean. A run that failed takes part in no figure. When training ends, "
+    "peers drain: they still tell what they owe. The worst peer, bytes and disagreement are those after that."
 )
 
 
