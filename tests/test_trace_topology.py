@@ -157,3 +157,22 @@ def test_recorded_traces_load_from_a_topology(tmp_path: Path) -> None:
     member = "adaptive_bitrate_streaming/data/traces/test/fcc-test/000_trace_942154_http---www.ebay.com_0"
     fcc = path_rate(made(tmp_path, f'{{ trace = "{DATA}/fcc-broadband-netllm.tar.xz::{member}", format = "s-mbit" }}'))
     assert fcc.looped and 1e5 < fcc.mean < 1e8
+
+
+def test_the_topology_in_the_docs_means_what_its_comments_say(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/traces.md").read_text()
+    (tmp_path / "own.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    one = load_topology(tmp_path / "own.toml")
+    across = {(str(a), str(b)): link for (a, b), link in one.links.items() if a[0] != b[0]}
+    assert len(one.links) == 12 and len(across) == 8
+    narrowest = {ends: min(one.resources[name].rate.at(0) for name in link.resources) for ends, link in across.items()}
+    assert narrowest["o1", "c1"] == narrowest["o2", "c1"] == 10e6 and narrowest["o1", "c2"] == 50e6
+    assert across["o1", "c1"].resources == across["o2", "c1"].resources and across["o1", "c1"].delay_s == 0.02
+    assert len(across["c1", "o1"].resources) == 2 and {one.resources[n].kind for n in across["c1", "o1"].resources} == {
+        "path",
+        "egress",
+    }
+    up = across["o2", "c1"].up
+    assert up is not None and [up.at(t) for t in (0, 35, 45)] == [1, 0, 1]
+    speed = one.peers[PeerId("c2")].speed
+    assert speed is not None and [speed.samples_per_s.at(t) for t in (0, 60, 120)] == [300, 150, 300]
