@@ -92,6 +92,21 @@ def test_speed_over_time_and_the_fixed_cost_of_a_step() -> None:
     assert speed(log()) is None
 
 
+def test_a_machine_that_slows_down_has_no_fixed_cost_for_it_and_its_last_seconds_count() -> None:
+    """300 samples/s, from 9 s on 150, no overhead; the batch follows, as dynamic batching would have it."""
+    events: list[AnyEvent] = []
+    t = 0.0
+    while t < 13.0:
+        samples = 16 if len(events) % 7 == 0 else 82 if t < 11 else 62
+        cost = samples / (300 if t < 9 else 150)
+        t += cost
+        events.append(Step(t=t, n=len(events), loss=1.0, samples=samples, lr=0.1, seconds=cost))
+    found = speed(log(*events))
+    assert found is not None and found.overhead_s < 0.02
+    assert found.samples_per_s.at(1) == pytest.approx(300, rel=0.05)
+    assert found.samples_per_s.at(12.5) == pytest.approx(150, rel=0.12)
+
+
 # -- whole runs ---------------------------------------------------------------------------------------------------
 
 

@@ -126,25 +126,36 @@ def speed(log: PeerLog) -> Speed | None:
     ends, seconds, samples = (rows[name][taken].astype(np.float64) for name in ("t", "seconds", "samples"))
     if not ends.size:
         return None
-    overhead_s = _overhead(samples, seconds)
-    times, rates, first = [0.0], list[float](), 0
+    windows = _windows(ends, seconds)
+    overhead_s = _overhead([(samples[some], seconds[some]) for some in windows], float(seconds.min()))
+    rates = [float(samples[some].sum() / (seconds[some] - overhead_s).sum()) for some in windows]
+    times = [0.0, *(float(ends[some][-1]) for some in windows[:-1])]
+    return Speed(_held(np.array(times), np.array(rates)), overhead_s)
+
+
+def _windows(ends: Floats, seconds: Floats) -> list[slice]:
+    """Steps taken together as one measurement of the speed; a rest too short for that belongs to nothing."""
+    found: list[slice] = []
+    first = 0
     for i in range(ends.size):
-        full = ends[i] - (ends[first] - seconds[first]) >= SPEED_WINDOW_S and i - first + 1 >= SPEED_STEPS_MIN
-        if not full and i < ends.size - 1:
-            continue
-        if full or not rates:
-            rates.append(float(samples[first : i + 1].sum() / (seconds[first : i + 1] - overhead_s).sum()))
-            times.append(float(ends[i]))
-        first = i + 1
-    return Speed(_held(np.array(times[:-1]), np.array(rates)), overhead_s)
+        enough = i - first + 1 >= SPEED_STEPS_MIN
+        if enough and (i == ends.size - 1 or ends[i] - (ends[first] - seconds[first]) >= SPEED_WINDOW_S):
+            found.append(slice(first, i + 1))
+            first = i + 1
+    return found or [slice(0, ends.size)]
 
 
-def _overhead(samples: Floats, seconds: Floats) -> float:
-    """The intercept of seconds over samples, at least 0 and below every step; 0 where batches hardly differ."""
-    if samples.max() < BATCHES_DIFFER * samples.min() or samples.size < 2 * SPEED_STEPS_MIN:
+def _overhead(windows: list[tuple[Floats, Floats]], least_s: float) -> float:
+    """Least squares for seconds = overhead + samples / the window's own speed, so that a speed that changes is not
+    taken for a cost per step; at least 0 and below every step; 0 where no window's batches differ."""
+    telling = [(n, s) for n, s in windows if n.size >= SPEED_STEPS_MIN and n.max() >= BATCHES_DIFFER * n.min()]
+    if not telling:
         return 0.0
-    slope, intercept = np.polyfit(samples, seconds, 1)
-    return float(np.clip(intercept, 0.0, 0.9 * seconds.min())) if slope > 0 else 0.0
+    shares = [(n.sum() / (n @ n), n, s) for n, s in telling]
+    overhead_s = sum(s.sum() - share * (n @ s) for share, n, s in shares) / sum(
+        n.size - share * n.sum() for share, n, _ in shares
+    )
+    return float(np.clip(overhead_s, 0.0, 0.9 * least_s))
 
 
 def topology(found: Recording, name: str, plan: Topology | None = None) -> Topology:
