@@ -230,6 +230,8 @@ class Replica:
                 case Timer():
                     self._timers[action.key] = action.at
                     outcome.timers.append(action)
+                case _:
+                    raise TypeError(f"{self.exchange.name}: a hook yields {action!r}, none of Send, Add, Timer")
 
     def _send(self, action: Send, outcome: Outcome) -> None:
         message, ctx = action.message, self.ctx

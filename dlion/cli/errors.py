@@ -53,6 +53,7 @@ KNOWN: Mapping[str, tuple[int, str]] = {
     "dlion.config.errors:ConfigError": (CONFIGURATION, ""),
     "dlion.learn.data:DataError": (BAD_DATA, "check the files named, and the directory given by --data"),
     "dlion.net.traces:TraceError": (BAD_DATA, ""),
+    "dlion.lane:Diverged": (BAD_DATA, ""),
     "dlion.net.link:LinkError": (NO_PEER, "check that the peer runs, and the address and port it is dialled at"),
 }
 """``module:class`` of the rooms' own errors -> exit code and advice. Subclasses count.
@@ -76,9 +77,10 @@ def fault_of(error: Exception) -> Fault | None:
         return Fault(
             CONFIGURATION, f"the package {error.name} is not installed", advice=f"pip install 'dlion[{extra}]'"
         )
-    if isinstance(error, OSError) and error.filename is not None:
-        code = CANNOT_WRITE if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT) else CANNOT_READ
-        return Fault(code, "cannot read or write a file", str(error.filename), error.strerror or str(error))
+    unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+    if isinstance(error, OSError) and (unwritable or error.filename is not None):
+        code, where = CANNOT_WRITE if unwritable else CANNOT_READ, str(error.filename or "")
+        return Fault(code, "cannot read or write a file", where, error.strerror or str(error))
     return None
 
 
@@ -94,4 +96,5 @@ def _known(error: Exception) -> tuple[int, str] | None:
 
 def bug_notice(error: Exception, version: str) -> str:
     trace = "".join(traceback.format_exception(error))
-    return f"{trace}\nThis is a bug in dlion {version}: please report it with the lines above. (exit code {BUG})"
+    unless = "unless they end in a strategy or workload of your own"
+    return f"{trace}\nThis is a bug in dlion {version}: report it with the lines above, {unless}. (exit code {BUG})"

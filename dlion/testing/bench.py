@@ -269,7 +269,8 @@ class Bench:
             self._do(seat, outcome)
 
     def _do(self, seat: Seat, outcome: Outcome) -> None:
-        demand(not outcome.refused, f"{seat.name} refuses a message: {outcome.refused}")
+        for hop, reason in outcome.refused:
+            raise Nonconforming(f"{seat.name} refuses a message of {hop}: {reason} (`speaks` names kinds and fields)")
         seat.ready, seat.owes = outcome.ready, outcome.owes
         seat.timers.update({timer.key: timer.at for timer in outcome.timers})
         for to, body, message, _ in outcome.sends:

@@ -14,11 +14,13 @@ from dlion.cut import Array, pack, unpack
 from dlion.exchange.base import Exchange
 from dlion.exchange.pace import PACES
 from dlion.tensors import Flat
-from dlion.testing.bench import Bench, Make
-from dlion.testing.watched import Nonconforming, demand
+from dlion.testing.bench import Bench, Make, Seat
+from dlion.testing.watched import Nonconforming, Watched, demand
 
 CLOUDS: Mapping[str, str] = {"a0": "A", "a1": "A", "b0": "B", "b1": "B", "c0": "C"}
 STEPS = 12
+SILENT_STEPS = 20 * STEPS
+"""No round is that long unless it was made so."""
 AGREE = 1e-4
 """Relative distance between replicas that counts as agreement."""
 
@@ -28,7 +30,16 @@ def check(make: Make) -> None:
 
     Raises Nonconforming on the first that it does not meet.
     """
-    demands = (_describes_itself, _trains, _repeats, _agrees, _survives_a_death, _leaves_a_full_link, _restores)
+    demands = (
+        _describes_itself,
+        _trains,
+        _speaks,
+        _repeats,
+        _agrees,
+        _survives_a_death,
+        _leaves_a_full_link,
+        _restores,
+    )
     for one in demands:
         try:
             one(make)
@@ -76,6 +87,16 @@ def _trains(make: Make) -> None:
             demand(np.array_equal(before, seat.ctx.weights), "view changes the weights it is shown")
 
 
+def _speaks(make: Make) -> None:
+    """Who declares kinds of messages says one, if only once in a long round."""
+    bench = _bench(make, flat=True)
+    for steps in range(STEPS, SILENT_STEPS + 1, STEPS):
+        bench.run(steps, _learning(make()))
+        if not make().speaks or any(" -> " in line for line in bench.transcript):
+            return
+    raise Nonconforming(f"nobody says anything in {SILENT_STEPS} steps: no hook yields a Send")
+
+
 def _repeats(make: Make) -> None:
     runs = []
     for _ in range(2):
@@ -91,9 +112,13 @@ def _agrees(make: Make) -> None:
         bench = _bench(make, seed=seed, flat=seed == 0)
         bench.run(STEPS, _learning(make()))
         bench.drain()
-        if next(iter(bench.seats.values())).exchange.consensus:
-            gap = bench.disagreement
-            demand(gap <= AGREE, f"promises consensus, but replicas differ by {gap:.1e} after the drain")
+        _agree(bench, "after the drain")
+
+
+def _agree(bench: Bench, when: str) -> None:
+    if next(iter(bench.seats.values())).exchange.consensus:
+        gap = bench.disagreement
+        demand(gap <= AGREE, f"promises consensus, but replicas differ by {gap:.1e} {when}")
 
 
 def _survives_a_death(make: Make) -> None:
@@ -121,16 +146,33 @@ def _leaves_a_full_link(make: Make) -> None:
 
 
 def _restores(make: Make) -> None:
-    bench = _bench(make)
-    bench.run(STEPS // 2, _learning(make()))
-    for seat in bench.seats.values():
-        text, arrays = _packed(seat.exchange)
-        twin = make()
-        twin.setup(seat.ctx)
-        twin.restore(unpack(text, {name: array.copy() for name, array in arrays.items()}), seat.ctx)
-        again, copies = _packed(twin)
-        same = again == text and all(np.array_equal(copies[name], array) for name, array in arrays.items())
-        demand(same, "a restored strategy has another state than the one that was saved")
+    """Made anew from what ``state`` holds it is what it was, and goes on so; or, having given up what it only guessed,
+    keeps its promise of consensus."""
+    runs = []
+    for anew in (False, True):
+        bench = _bench(make)
+        bench.run(STEPS // 2, _learning(make()))
+        for seat in bench.seats.values() if anew else ():
+            _restart(seat, make())
+        bench.run(STEPS, _learning(make()))
+        bench.drain()
+        runs.append((bench.transcript, [seat.weights.tobytes() for seat in bench.seats.values()]))
+    if runs[0] != runs[1]:
+        demand(make().consensus, "after a restart in between it goes on otherwise: `state` lacks something")
+        _agree(bench, "after a restart in between: `state` lacks something")
+
+
+def _restart(seat: Seat, twin: Exchange) -> None:
+    text, arrays = _packed(seat.exchange)
+    twin.setup(seat.ctx)
+    twin.restore(unpack(text, {name: array.copy() for name, array in arrays.items()}), seat.ctx)
+    again, copies = _packed(twin)
+    odd = [name for name, array in arrays.items() if name not in copies or not np.array_equal(copies[name], array)]
+    odd += [f"{text.decode()} became {again.decode()}"] * (again != text)
+    demand(not odd, f"a restored strategy has another state than the one that was saved: {'; '.join(odd)[:500]}")
+    watched = seat.replica.exchange
+    assert isinstance(watched, Watched)
+    seat.exchange = watched.inner = twin
 
 
 def _packed(exchange: Exchange) -> tuple[bytes, dict[str, Array]]:

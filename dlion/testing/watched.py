@@ -6,6 +6,7 @@ Law: changes nothing and decides nothing; raises Nonconforming at the first brea
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, 
 from dlion.messages import Message, PeerId, Stream
 from dlion.tensors import Flat
 
+ACTIONS_MAX = 10_000
+"""No hook on a bench has that much to do."""
 TINY = 8
 """Up to so many values are written out in a transcript, to three digits."""
 
@@ -34,8 +37,11 @@ class Watched(Exchange):
         self.inner, self.me, self.transcript = inner, me, transcript
         self.ahead = inner.ahead
 
-    def _watch(self, actions: Iterable[Action], ctx: Context) -> Iterable[Action]:
-        for action in actions:
+    def _watch(self, hook: str, actions: object, ctx: Context) -> Iterable[Action]:
+        of = type(actions).__name__
+        demand(isinstance(actions, Iterable), f"{hook} returns {of}; expected actions: yield them, or return ()")
+        for number, action in enumerate(cast(Iterable[object], actions)):
+            demand(number < ACTIONS_MAX, f"{hook} yields {ACTIONS_MAX} actions and still goes on")
             match action:
                 case Send():
                     self._check_send(action, ctx)
@@ -47,7 +53,7 @@ class Watched(Exchange):
                 case Timer():
                     self.transcript.append(f"{self.me} @ {action.key}")
                 case _:
-                    raise Nonconforming(f"a hook yields {action!r}, which is no Action")
+                    raise Nonconforming(f"{hook} yields {action!r}, which is none of Send, Add, Timer")
             yield action
 
     def _check_send(self, send: Send, ctx: Context) -> None:
@@ -67,21 +73,21 @@ class Watched(Exchange):
         self.inner.setup(ctx)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
-        return self._watch(self.inner.after_step(update, ctx), ctx)
+        return self._watch("after_step", self.inner.after_step(update, ctx), ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         demand(origin != self.me, f"{self.me} hears its own {message.kind} again")
         self.transcript.append(f"{self.me} < {message.hop}: {message.kind} {message.step}/{message.epoch}")
-        return self._watch(self.inner.on_message(origin, message, ctx), ctx)
+        return self._watch("on_message", self.inner.on_message(origin, message, ctx), ctx)
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
-        return self._watch(self.inner.on_writable(link, ctx), ctx)
+        return self._watch("on_writable", self.inner.on_writable(link, ctx), ctx)
 
     def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
-        return self._watch(self.inner.on_timer(key, ctx), ctx)
+        return self._watch("on_timer", self.inner.on_timer(key, ctx), ctx)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
-        return self._watch(self.inner.on_members(ctx), ctx)
+        return self._watch("on_members", self.inner.on_members(ctx), ctx)
 
     def ready(self, step: int, ctx: Context) -> bool:
         return self.inner.ready(step, ctx)
@@ -90,7 +96,7 @@ class Watched(Exchange):
         return self.inner.view(weights)
 
     def drain(self, ctx: Context) -> Iterable[Action]:
-        return self._watch(self.inner.drain(ctx), ctx)
+        return self._watch("drain", self.inner.drain(ctx), ctx)
 
     def owes(self, ctx: Context) -> bool:
         return self.inner.owes(ctx)
