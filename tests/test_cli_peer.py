@@ -8,12 +8,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dlion import cli
 from dlion.cli import errors
+from dlion.cli.build import Plan, identity_of, workload_of
+from dlion.config import load_job, load_topology
+from dlion.identity import Identity
+from dlion.mesh.topology import Topology
+from dlion.messages import PeerId
 
 FILE = """
 name = "west"
@@ -87,3 +93,16 @@ def test_who_waits_says_for_whom_and_may_be_stopped(host: Path, taken: int) -> N
         told = process.stderr.read()
     assert line == f"waits for north (127.0.0.1:{taken}), south (dials us); 60 s at most\n"
     assert process.returncode == 0 and "west: 0 steps, SIGTERM" in told
+
+
+def test_peers_of_other_micro_clouds_or_another_talk_are_not_of_the_run() -> None:
+    """Their plans of bridges would differ, and updates be lost or told twice. Rates, addresses: to each its own."""
+
+    def seen(topology: Topology) -> Identity:
+        plan = Plan(job, topology, "run")
+        return identity_of(plan, PeerId("west"), workload_of(plan, PeerId("west")), 1)
+
+    job, mesh = load_job("toy"), load_topology("three-hosts")
+    moved = replace(mesh, peers={**mesh.peers, PeerId("south"): replace(mesh.peers[PeerId("south")], cloud="w")})
+    assert len({seen(t).job for t in (mesh, replace(mesh, talk="bridges"), moved)}) == 3
+    assert seen(replace(mesh, links={}, addresses={}, about="other")) == seen(mesh)

@@ -166,3 +166,5 @@ def test_a_peer_that_still_joins_is_not_ready() -> None:
     held = status()
     held["state"] = "joining"
     assert readiness(held) == (False, ["state is joining"])
+    troubled: PeerStatus = {**status(), "ready": True, "reasons": ["the disk is full"]}
+    assert readiness(troubled) == (True, ["the disk is full"]), "it trains: no reason to take it out of service"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observe_runs import SIX, peer_events, write_run
 
+from dlion.cli.errors import CANNOT_WRITE, fault_of
 from dlion.observe import runlog
 from dlion.observe.read import DamagedLogError, PeerLog, columns, parse, read_directory
 
@@ -164,3 +167,16 @@ def test_a_log_in_memory_is_packed_and_whole() -> None:
         memory.write(each)
     assert memory.data == b"".join(lines) and len(memory.data) > 2 * runlog.PACKED_BYTES
     assert sum(map(len, memory._packed)) + len(memory._open) < len(memory.data) // 3
+
+
+def test_a_full_disk_is_said_with_the_path() -> None:
+    """Linux has a file that is always full."""
+    with (
+        closing(runlog.File(Path("/dev/full"))) as file,
+        pytest.raises(OSError, match="No space left on device: '/dev/full'") as caught,
+    ):
+        file.write(b"{}\n")
+    fault = fault_of(caught.value)
+    assert fault is not None and (fault.code, fault.where) == (CANNOT_WRITE, "/dev/full")
+    nowhere = fault_of(OSError(errno.ENOSPC, "No space left on device"))
+    assert nowhere is not None and nowhere.code == CANNOT_WRITE

@@ -32,6 +32,8 @@ from dlion.observe.live import LiveView
 
 REFRESH_S = 0.5
 PIPED_REFRESH_S = 10.0
+MISMATCH = "mismatch"
+"""In a refusal that time does not mend."""
 
 
 def plan_of_peer(setup: PeerSetup) -> Plan:
@@ -134,6 +136,7 @@ class News:
         self._host, self._node, self._addresses, self._say = host, host.node, addresses, say
         self._entered, self._awaits = False, ""
         self._away: list[PeerId] = []
+        self._refusals: set[str] = set()
         self._trouble = host.keeping.trouble
         self._before: str | None = None
         """The last checkpoint when one was asked for."""
@@ -154,6 +157,10 @@ class News:
             self._wait()
         elif node.state == "training":
             self._miss()
+        refusals = {f"{p}: {why}" for p, reasons in node.meter.refusals.items() for why in reasons if MISMATCH in why}
+        for refusal in sorted(refusals - self._refusals):
+            self._say(f"refused: {refusal} (both values are in {node.me}.jsonl)")
+        self._refusals |= refusals
         if keeping.trouble not in ("", self._trouble):
             self._say(keeping.trouble)
         self._trouble = keeping.trouble

@@ -49,12 +49,13 @@ def admin_application(status: Callable[[], PeerStatus]) -> web.Application:
 
 
 def readiness(status: PeerStatus) -> tuple[bool, list[str]]:
-    """Whether the peer takes part in the training, and why not."""
+    """Whether the peer takes part in the training, and why not, or what else somebody should mend."""
     reasons = list(status.get("reasons", []))
     state = status["state"]
-    if not status.get("ready", state in ("training", "waiting")) and not reasons:
+    ready = status.get("ready", state in ("training", "waiting") and not reasons)
+    if not ready and not reasons:
         reasons.append(f"state is {state}")
-    return not reasons, reasons
+    return ready, reasons
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ makes room for the next, so a slow or dead evaluator costs a bounded piece of di
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,10 @@ class SnapshotStore:
         path = self._directory / f"{peer}.{step:09d}.{which}{SUFFIX}"
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         facts = {"t": repr(t), "step": str(step), "peer": peer, "which": which}
-        save_file(weights.views, temporary, facts)
+        try:
+            save_file(weights.views, temporary, facts)
+        except SafetensorError as error:  # of arrays that we know only the disk is a cause
+            raise OSError(errno.ENOSPC, str(error), str(temporary)) from error
         temporary.replace(path)
         for stale in sorted(self._directory.glob(f"{peer}.*.{which}{SUFFIX}"))[: -self._pending_max]:
             stale.unlink(missing_ok=True)

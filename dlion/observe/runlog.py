@@ -190,7 +190,7 @@ class Sink(Protocol):
 
 class File:
     """Appends to ``path``, opened by the first ``write``: who is made and never run holds no file. Every ``write``
-    reaches the operating system at once, so a killed peer loses one second."""
+    reaches the operating system at once, so a killed peer loses one second. Raises OSError, with the path."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +200,11 @@ class File:
     def write(self, lines: bytes) -> None:
         self._file = file = self._file or self._path.open("ab", buffering=0)
         view = memoryview(lines)
-        while view:
-            view = view[file.write(view) :]
+        try:
+            while view:
+                view = view[file.write(view) :]
+        except OSError as error:  # which does not say where the disk is full
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         if self._file is not None:

@@ -57,7 +57,7 @@ class PeerStatus(TypedDict):
     members: MembersStatus
     ready: NotRequired[bool]
     reasons: NotRequired[list[str]]
-    """Why the peer is not ready."""
+    """Why the peer is not ready, or what else somebody should mend."""
     loop_lag_s: NotRequired[float]
     refused: NotRequired[dict[str, dict[str, int]]]
     """Refused messages by peer and reason."""
