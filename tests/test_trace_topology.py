@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from dlion.cli.planfile import Plan, decode_plan, encode_plan
+from dlion.cli.topology import topology
 from dlion.config import ConfigError, load_job, load_topology
 from dlion.mesh.changes import changed, started
 from dlion.mesh.topology import Topology
@@ -176,3 +178,8 @@ def test_the_topology_in_the_docs_means_what_its_comments_say(tmp_path: Path) ->
     assert up is not None and [up.at(t) for t in (0, 35, 45)] == [1, 0, 1]
     speed = one.peers[PeerId("c2")].speed
     assert speed is not None and [speed.samples_per_s.at(t) for t in (0, 60, 120)] == [300, 150, 300]
+
+
+def test_a_slip_of_units_is_shown_not_rounded_away(tmp_path: Path) -> None:
+    made(tmp_path, "5")  # meant: Mbit
+    assert "5e-06" in CliRunner().invoke(topology, ["show", str(tmp_path / "net.toml")]).stdout

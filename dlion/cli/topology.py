@@ -139,5 +139,5 @@ def _links(one: Topology, links: list[LinkSpec]) -> tuple[str, str, str, str]:
 
 
 def _span(values: Iterable[float]) -> str:
-    seen = sorted({round(v, 3) for v in values})
+    seen = sorted({round(v, 3) or v for v in values})  # a slip of units is not hidden by rounding
     return f"{seen[0]:g}" if len(seen) == 1 else f"{seen[0]:g} to {seen[-1]:g}"
