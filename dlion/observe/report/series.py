@@ -55,11 +55,18 @@ def accuracy_band(run: Run) -> Band:
 
 def loss_band(run: Run) -> Band:
     """Training loss per peer, averaged over about 1 % of the run, so that batches' noise does not hide the course."""
-    curves = [thinned(log[Step]["t"], log[Step]["loss"], POINTS_MAX // 4) for log in run.peers.values()]
+    steps = (_in_time(log[Step]["t"], log[Step]["loss"]) for log in run.peers.values())
+    curves = [thinned(t, loss, POINTS_MAX // 4) for t, loss in steps]
     times, values = together([(t, y) for t, y in curves if t.size])
     return (
         Band(times, np.nanmean(values, axis=0), np.nanmax(values, axis=0)) if times.size else Band(times, times, times)
     )
+
+
+def _in_time(t: Column, *columns: Column) -> tuple[Column, ...]:
+    """A later life goes on from an earlier time: what was done twice lies side by side."""
+    order = np.argsort(t, kind="stable")
+    return t[order], *(column[order] for column in columns)
 
 
 def thinned(t: Column, y: Column, points: int = POINTS_MAX) -> Curve:
@@ -87,12 +94,11 @@ def sent_over_time(run: Run, wan: bool) -> Curve:
 
 def batch_over_time(log: PeerLog) -> Curve:
     """Local batch size at each change: corners of a staircase."""
-    rows = log[Step]
-    if not rows["t"].size:
+    t, samples = _in_time(log[Step]["t"], log[Step]["samples"])
+    if not t.size:
         return np.empty(0), np.empty(0)
-    keep = np.flatnonzero(np.diff(rows["samples"], prepend=-1))
-    keep = np.append(keep, rows["t"].size - 1)
-    return rows["t"][keep], rows["samples"][keep].astype(np.float64)
+    keep = np.append(np.flatnonzero(np.diff(samples, prepend=-1)), t.size - 1)
+    return t[keep], samples[keep].astype(np.float64)
 
 
 def link_series(columns: Mapping[str, Column]) -> LinkSeries:
@@ -100,13 +106,16 @@ def link_series(columns: Mapping[str, Column]) -> LinkSeries:
     t = columns["t"]
     if t.size < 2:
         return LinkSeries(np.empty(0), np.empty(0), np.empty(0), int(columns["sent_bytes"].max(initial=0)), False)
-    gaps = np.maximum(np.diff(t), 1e-9)
-    used = np.maximum(np.diff(columns["sent_bytes"]), 0) * 8.0 / gaps
-    stated = columns["available_bps"][1:]
+    gaps, sent = np.diff(t), np.diff(columns["sent_bytes"])
+    one_life = (gaps > 0) & (sent >= 0)  # a later life counts from 0, and perhaps from an earlier time
+    used = sent[one_life] * 8.0 / gaps[one_life]
+    stated = columns["available_bps"][1:][one_life]
     known = bool(np.isfinite(stated).all())
-    available = stated if known else np.where(np.isfinite(stated), stated, columns["rate_bps"][1:])
-    times, used = thinned(t[1:], used, 120)
-    return LinkSeries(times, used, thinned(t[1:], available, 120)[1], int(columns["sent_bytes"][-1]), known)
+    available = stated if known else np.where(np.isfinite(stated), stated, columns["rate_bps"][1:][one_life])
+    stamps, used, available = _in_time(t[1:][one_life], used, available)
+    total = int(columns["sent_bytes"][0]) + int(np.where(sent >= 0, sent, columns["sent_bytes"][1:]).sum())
+    times, used = thinned(stamps, used, 120)
+    return LinkSeries(times, used, thinned(stamps, available, 120)[1], total, known)
 
 
 def link_table(run: Run) -> dict[tuple[str, str], LinkSeries]:
