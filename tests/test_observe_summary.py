@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import click
 import msgspec
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observe_runs import SIX, peer_events
 
+from dlion.cli.options import duration
 from dlion.cli.show import show_summary
 from dlion.observe import runlog
 from dlion.observe.read import PeerLog, Run
@@ -110,7 +112,9 @@ def test_every_figure_by_hand() -> None:
 def test_a_drain_a_cut_and_refusals_are_told_and_older_summaries_still_read(capsys: pytest.CaptureFixture[str]) -> None:
     refused = runlog.Refuse(t=2.0, peer="b", reason="it is not training")
     end = runlog.End(t=5.0, steps=1, reason="until (drain cut short)")
-    summary = summarise(run_of(a=[step(1.0, 0), refused], b=[step(2.0, 0), end]))
+    run = run_of(a=[step(1.0, 0), refused], b=[step(2.0, 0), end])
+    assert [summarise(run, until_s=t).get("drain_seconds") for t in (1.5, 4.0, 60.0)] == [3.0, 1.0, 0.0]
+    summary = summarise(run)
     show_summary(summary, as_json=False)
     told = capsys.readouterr().out
     assert "5.0 s, of these 3.0 s drain" in told and "b stopped before all had" in told and "refused" in told
@@ -179,3 +183,10 @@ def test_time_to_lies_where_the_curve_first_reaches_the_target(values: list[floa
     assert np.interp(when, *curve) == pytest.approx(target) or (when == 0 and values[0] >= target)
     assert all(v < target for t, v in zip(*curve, strict=True) if t < np.floor(when))
     assert all(a <= b for a, b in pairwise([0.0, when]))
+
+
+@pytest.mark.parametrize("text", ["-5s", "5x"])
+def test_durations_of_the_command_line_are_refused_by_the_option_s_name(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=text) as refused:
+        duration(text, "--start")
+    assert refused.value.param_hint == "--start" and duration("2m", "--start") == 120

@@ -48,7 +48,7 @@ def command(seeds: int, at: str | None, workers: int | None, engine: str, **opti
     cells = cells_of(options, seeds)
     plan = next(iter(cells.values()))
     until_s = plan.job.job.until_s
-    at_s = [duration(text) for text in at.split(",")] if at else [until_s / 4, until_s / 2, until_s]
+    at_s = [duration(text, "--at") for text in at.split(",")] if at else [until_s / 4, until_s / 2, until_s]
     out: Path = options["out"] or Path(f"compare-{plan.job.job.name}-{plan.topology.name}")
     out.mkdir(parents=True, exist_ok=True)
     known = {key: outcome for key, outcome in read_results(out / RESULTS).items() if outcome.summary is not None}

@@ -74,14 +74,17 @@ def changes_of(options: Mapping[str, Any]) -> dict[str, float]:
     return dict(factor_of(text) for text in options["sets"] if is_change(text))
 
 
-def duration(text: str) -> float:
-    """Seconds, as in the configuration files: ``90``, ``"5m"``."""
+def duration(text: str, option: str) -> float:
+    """Seconds, as in the configuration files: ``90``, ``"5m"``. Raises BadParameter, which names the option."""
     from dlion.config.units import UNITS, seconds
 
     try:
-        return seconds(text)
+        found = seconds(text)
+        if found < 0:
+            raise ValueError(text)
     except ValueError:
-        raise click.BadParameter(f"found {text!r}, expected {UNITS['seconds'][1]}") from None
+        raise click.BadParameter(f"found {text!r}, expected {UNITS['seconds'][1]}", param_hint=option) from None
+    return found
 
 
 def plan_of(options: Mapping[str, Any]) -> Plan:
@@ -92,5 +95,5 @@ def plan_of(options: Mapping[str, Any]) -> Plan:
 
     job = load_job(options["job"], flags_of(options))
     topology = load_topology(options["topology"], talk=options["talk"])
-    topology = changed(started(topology, duration(options.get("start") or "0")), changes_of(options))
+    topology = changed(started(topology, duration(options.get("start") or "0", "--start")), changes_of(options))
     return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))

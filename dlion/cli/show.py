@@ -45,7 +45,7 @@ def show_summary(summary: Summary, as_json: bool, out: Path | None = None) -> No
     if cut := summary.get("cut_short"):
         facts.add_row("drain cut short", f"{', '.join(cut)} stopped before all had what they were owed")
     if summary["refused"]:
-        facts.add_row("refused", f"{summary['refused']} times: the logs' refuse lines say what and why")
+        facts.add_row("refused", f"{summary['refused']}: the logs' refuse lines say what and why")
     if summary["void"]:
         facts.add_row("[red]void for timing[/]", f"this machine missed the modelled pace by {summary['overrun']:.1%}")
     console.print(facts)

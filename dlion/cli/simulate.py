@@ -169,6 +169,7 @@ def play(
         log_sha256=run_digest({peer: digest.hexdigest for peer, digest in digests.items()}),
         replica_disagreement=disagreement(result.views),
         targets=job.evaluate.targets,
+        until_s=job.job.until_s,
     )
     return Played(run, summary, logs, result.views, result.replicas)
 

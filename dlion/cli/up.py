@@ -207,6 +207,7 @@ class Pride:
             wall_seconds=wall_seconds,
             replica_disagreement=disagreement(views),
             targets=self.plan.job.evaluate.targets,
+            until_s=self.plan.job.job.until_s,
         )
 
 

@@ -48,7 +48,7 @@ class Summary(TypedDict):
     seed: int
     virtual_seconds: float
     drain_seconds: NotRequired[float]
-    """Of them, those after the last step of all; absent from files of an earlier version."""
+    """Of them, those after training had ended; absent from files of an earlier version."""
     cut_short: NotRequired[list[str]]
     """Who stopped before all had what it owed them."""
     wall_seconds: float | None
@@ -75,9 +75,10 @@ def summarise(
     log_sha256: str | None = None,
     replica_disagreement: float | None = None,
     targets: Iterable[float] = TARGETS,
+    until_s: float = 0.0,
 ) -> Summary:
     """The summary of ``run``. Accuracy is each peer's last, its mean and worst are those of the peers that ended (a
-    killed one did not); ``time_to`` reads ``mean_accuracy``."""
+    killed one did not); ``time_to`` reads ``mean_accuracy``; training ends ``until_s``, or with a later step."""
     logs = run.peers
     last = {peer: float(evals[1][-1]) for peer, log in logs.items() if (evals := evaluations(log, "accuracy"))[1].size}
     ended = {peer: value for peer, value in last.items() if logs[peer][End]["t"].size} or last  # not the killed
@@ -91,7 +92,9 @@ def summarise(
         "topology": run.header.topology,
         "seed": run.header.seed,
         "virtual_seconds": run.seconds,
-        "drain_seconds": run.seconds - max(float(log[Step]["t"].max(initial=0.0)) for log in logs.values()),
+        "drain_seconds": max(
+            0.0, run.seconds - max(float(log[Step]["t"].max(initial=until_s)) for log in logs.values())
+        ),
         "cut_short": [peer for peer, log in logs.items() if any("cut short" in why for why in log[End]["reason"])],
         "wall_seconds": wall_seconds,
         "accuracy": {
