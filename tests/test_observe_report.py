@@ -18,9 +18,12 @@ from dlion.cli.report import report
 
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from dlion.observe.read import read_directory
 from dlion.observe.report import build_report
-from dlion.observe.report.style import PAGE, apart
+from dlion.observe.report.links import links
+from dlion.observe.report.style import LIGHT, PAGE, apart
 
 FOUR = ["a1", "a2", "b1", "c1"]
 
@@ -129,3 +132,12 @@ def test_labels_are_moved_apart_and_stay_inside() -> None:
     placed = apart([0.98, 0.98, 0.985, 0.99], 0.1)
     assert placed == pytest.approx([0.7, 0.8, 0.9, 1.0])
     assert apart([0.1, 0.5], 0.1) == pytest.approx([0.1, 0.5])
+
+
+@pytest.mark.parametrize("names", [["a1", "b1"], ["alpine", "baltic", "coast"], ["atlantic-trainer-0001", "b1"]])
+def test_the_names_of_peers_stay_in_the_picture_of_links(tmp_path: Path, names: list[str]) -> None:
+    figure = links(read_directory(write_run(tmp_path, names)), LIGHT)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [text for axes in figure.axes for text in axes.texts if text.get_text() in names]
+    assert len(texts) == len(names) and all(text.get_window_extent(renderer).x0 >= 0 for text in texts)

@@ -23,6 +23,8 @@ CELL = 0.94
 """Side of a cell; the rest is the gap to the next."""
 ROOM = 0.62
 """Height of the link's largest capacity, as a share of the cell."""
+HEADING_CHAR_IN = 0.09
+"""Width of a letter of a heading, at most on average."""
 SPARKLINE_PEERS_MAX = 8
 """Beyond this many peers a cell is too small for a course over time, and shows one shade."""
 
@@ -41,7 +43,8 @@ def _multiples(run: Run, names: list[str], table: dict[tuple[str, str], LinkSeri
     count = len(names)
     height_in = 0.85 + 0.98 * count
     figure = Figure(figsize=(WIDTH_IN, height_in))
-    axes = figure.add_axes((0.045, 0.4 / height_in, 0.95, 1 - 0.8 / height_in))
+    left = max(0.045, (0.3 + HEADING_CHAR_IN * max(map(len, names))) / WIDTH_IN)
+    axes = figure.add_axes((left, 0.4 / height_in, 0.995 - left, 1 - 0.8 / height_in))
     axes.set_xlim(0, count)
     axes.set_ylim(count, 0)
     axes.axis("off")
