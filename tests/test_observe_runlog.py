@@ -128,6 +128,10 @@ def test_damage_elsewhere_names_file_and_line(tmp_path: Path) -> None:
 def test_directories_without_logs_and_logs_without_header_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DamagedLogError, match="no run log"):
         read_directory(tmp_path)
+    (tmp_path / "league.html").touch()
+    with pytest.raises(DamagedLogError, match="results of dlion compare"):
+        read_directory(tmp_path)
+    (tmp_path / "league.html").unlink()
     (tmp_path / "x.jsonl").write_bytes(line(runlog.Lag(t=0.0, p99=0.0)))
     with pytest.raises(DamagedLogError, match="expected a header"):
         read_directory(tmp_path)

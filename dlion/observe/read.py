@@ -134,6 +134,8 @@ def from_memory(name: str, logs: Mapping[Name, bytes]) -> Run:
 
 def read_directory(directory: Path) -> Run:
     """All logs below ``directory``; raises DamagedLogError when there are none, OSError when they cannot be read."""
+    if (directory / "league.html").exists():
+        raise DamagedLogError(f"{directory}: the results of dlion compare, no run's logs; open its league.html")
     lives: dict[str, list[runlog.Event]] = {}
     outside: dict[str, list[runlog.Event]] = {}
     for path in sorted(directory.glob("*.jsonl"), key=lambda p: (p.name.count("."), len(p.name), p.name)):
