@@ -153,6 +153,7 @@ def test_a_rate_shared_by_processes_is_refused_by_up_and_not_by_simulate(tmp_pat
     path = tmp_path / "shared.toml"
     path.write_text(
         '[clouds]\na.members = ["a1", "a2"]\nb.members = ["b1"]\n'
+        "[compute]\na.samples_per_s = 100\nb.samples_per_s = 100\n"
         '[[wan]]\nbetween = ["a", "b"]\nbandwidth = "10Mbit"\nper = "pair-of-clouds"\n'
     )
     with dlion("up", "--job", "toy", "--topology", str(path), "--out", str(tmp_path / "up")) as process:
