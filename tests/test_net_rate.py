@@ -43,6 +43,16 @@ def test_it_finds_the_rate_of_a_busy_link() -> None:
     assert estimate.window_bytes() == pytest.approx(estimate.rate * (estimate.distance_s + 0.1))
 
 
+def test_a_clock_that_shows_no_time_between_shows_no_endless_rate() -> None:
+    """Loops whose clock ticks in whole milliseconds see a chunk acknowledged in the instant in which it left."""
+    estimate = RateEstimator(0.1, 0.0)
+    estimate.filled(True)
+    for tick in range(20):
+        now = tick * 1e-3
+        acked(estimate, now, 10_000, estimate.sent(now, 0, 10_000), one_way_s=0.0)
+    assert estimate.rate <= 10_000 / 1e-3
+
+
 def test_samples_of_a_starved_sender_raise_the_estimate_but_never_lower_it() -> None:
     estimate = RateEstimator(0.1, 0.0)
     now = busy(estimate, 0.0, 1.0, 1e6, 0.04)

@@ -31,6 +31,8 @@ from typing import NamedTuple
 LEAST_MEMORY_S = 10.0
 RATE_MEMORY_S_MIN, RATE_MEMORY_S_MAX, RATE_MEMORY_RTTS = 1.0, 10.0, 10.0
 INTERVAL_S_MIN = 1e-6
+SAMPLE_S_MIN = 1e-3
+"""A sample of less counts as one of so long: not every loop's clock tells less, and nothing would ever take it back."""
 TRAIN_S_MIN, TRAIN_S_PROOF, TRAIN_S_MAX = 0.005, 0.010, 1.0
 """A shorter train counts as if it took so long; a shorter one proves no upper bound; of longer ones, flights tell."""
 PACE_GAIN, PACE_S, PACE_BYTES = 1.5, 0.040, 64 * 1024
@@ -185,7 +187,7 @@ class RateEstimator:
             interval_s = max(arrived_at - flight.delivered_at, flight.sent_at - flight.first_sent_at)
         self._first_sent_at, self._first_end = flight.sent_at, flight.end
         delivered_bytes = self._delivered_bytes - flight.delivered_bytes
-        self._rate_sample(now, delivered_bytes / max(interval_s, INTERVAL_S_MIN), flight.limited)
+        self._rate_sample(now, delivered_bytes / max(interval_s, SAMPLE_S_MIN), flight.limited)
         self._train_sample(now, arrived_at, flight)
         if queued_s > 3 * self.queue_s and len(self._best) > 1:
             self._forget(min(self._best[-1][0], now - rtt_s))
