@@ -24,10 +24,10 @@ from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, 
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Neighbours
-from dlion.net.link import Dialer, LinkError
+from dlion.net.link import Dialer
 from dlion.net.session import SessionLimits
 from dlion.newcomers import NEWCOMER_KINDS
-from dlion.porch import LATE_S, Porch
+from dlion.porch import LATE_S, Alone, Porch, Unwanted
 from dlion.seams import NodeSettings
 from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
@@ -50,10 +50,6 @@ CARRY_SHARE = 0.1
 """News of others waits for more of its kind this share of a beat at each hop, ..."""
 CARRIED_BEATS_MAX = 20
 """... however rare beats are no longer than this many ``status_every_s``; that somebody is silent, of one."""
-
-
-class Alone(LinkError):  # noqa: N818 - what happened to the user
-    """None of the peers of the topology could be reached."""
 
 
 class Company:
@@ -86,7 +82,7 @@ class Company:
         self._settings = settings
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
-        self._last_refusal = ""
+        self._refusers: dict[PeerId, str] = {}
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
@@ -127,7 +123,7 @@ class Company:
         """Wait for all neighbours, at most ``start_wait_s``, or until one says that the run is under way; from then on
         newcomers need a sponsor. Who was there and fell silent is not waited for.
 
-        Raises Alone when there should be neighbours and none was ever there.
+        Raises Alone when there should be neighbours and none was ever there, Unwanted when all refused us.
         """
         membership, neighbours, states = self.membership, self.neighbours, self.membership.roster.states
 
@@ -144,8 +140,9 @@ class Company:
             missing = awaited()
             if len(missing) == len(membership.neighbours):
                 waited = f"within {self._settings.start_wait_s:g} s"
-                tried = ", ".join(missing) + self._last_refusal
-                raise Alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
+                tried = ", ".join(missing) + "".join([f"; refused: {why}" for why in self._refusers.values()][-1:])
+                alone = Unwanted if self._refusers.keys() >= {*missing} else Alone
+                raise alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
         silent = frozenset(p for p, state in states.items() if state is State.SILENT)
         membership.lost = frozenset() if self.porch.under_way else silent  # who comes late tells nobody who is there
         if self.porch.under_way:
@@ -287,7 +284,7 @@ class Company:
     def refused(self, peer: PeerId, reason: str) -> None:
         self.porch.refused(peer, reason, begun=self._begun)
         self._wake()
-        self._last_refusal = f"; refused: {reason[:REASON_CHARS_MAX]}"
+        self._refusers[peer] = reason[:REASON_CHARS_MAX]
         self._journal.refused(peer, reason)
 
     def refuse(self, peer: PeerId, reason: str) -> None:

@@ -33,6 +33,16 @@ GATHER_S = 2.0
 """How long to wait for a peer of our own micro-cloud to say that it could show us in."""
 
 
+class Alone(LinkError):  # noqa: N818 - what happened to the user
+    """None of the peers of the topology could be reached."""
+
+
+class Unwanted(Alone):
+    """All of them refused us."""
+
+    exit_code: ClassVar[int] = 77
+
+
 class NotShownIn(LinkError):  # noqa: N818 - what happened to the user
     """The run is under way, and nobody could show us in, or our sponsor fell silent too early."""
 

@@ -18,11 +18,11 @@ import pytest
 from aiohttp import web
 
 import dlion
-from dlion.company import Alone
 from dlion.learn.workload import Evaluation, Indices
 from dlion.net.upgrade import serve
 from dlion.observe.read import read_directory
 from dlion.observe.runlog import Apply, Member, Step
+from dlion.porch import Alone
 from dlion.tensors import Flat, Layout, Tensors
 
 TOPOLOGY = """

@@ -15,7 +15,6 @@ from aiohttp import ClientSession, web
 from node_runs import BATCH, Ran, Softmax, net, node, outages, residual, run
 
 from dlion import clock
-from dlion.company import Alone
 from dlion.compute import Threads
 from dlion.exchange.base import Context, Exchange
 from dlion.exchange.full import Full
@@ -27,6 +26,7 @@ from dlion.net.pipe import pipe
 from dlion.net.upgrade import UpgradeDialer, peer_application, serve
 from dlion.node import Node, NodeSettings
 from dlion.observe.runlog import Memory, RunLog
+from dlion.porch import Alone
 from dlion.simulation import MemoryNetwork, ModelledCompute
 from dlion.status import StatusReader
 from dlion.tensors import Flat, disagreement

@@ -15,7 +15,6 @@ from node_runs import net, node, residual
 
 from dlion import clock
 from dlion.blocks import Encoding, dense, sparse
-from dlion.company import Alone
 from dlion.exchange.full import Full
 from dlion.exchange.pace import Free
 from dlion.messages import PROTOCOL_MAX, PROTOCOL_MIN, Hello, Message, PeerId, Span, Stream
@@ -29,6 +28,7 @@ from dlion.net.session import Session, SessionLimits
 from dlion.node import Node, NodeSettings
 from dlion.observe.runlog import Memory, RunLog
 from dlion.once import Once
+from dlion.porch import Unwanted
 from dlion.simulation import MemoryNetwork, ModelledCompute
 from dlion.wire.codec import decode, decode_hello, encode, encode_hello
 from dlion.wire.limits import Limits
@@ -178,7 +178,7 @@ def test_a_mismatched_node_is_refused_by_a_node() -> None:
             async with asyncio.TaskGroup() as tasks:
                 for peer, made in nodes.items():
                     tasks.create_task(_live(network, PeerId(peer), made))
-        assert group.group_contains(Alone, match="no peer reachable")
+        assert group.group_contains(Unwanted, match="no peer reachable")
         for peer in ("a1", "b1"):
             assert b"job mismatch" in logs[peer].data
             assert b"'job of a1'" in logs[peer].data and b"'job of b1'" in logs[peer].data
