@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from live_runs import dlion, wait_for
 from node_runs import Softmax, net
 from safetensors.numpy import load_file
 from test_checkpoint_node import PEERS, Kept, at, kept_run
@@ -48,28 +43,6 @@ from dlion.simulation import simulate
 
 TWO = '[clouds]\nx.members = ["x1"]\ny.members = ["y1"]\n[[wan]]\nbetween = ["x", "y"]\nbandwidth = "50Mbit"\n'
 EVERY_S = 1.0
-
-
-@contextmanager
-def dlion(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A ``dlion`` process, ended whatever happens."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-m", "dlion", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_for(found: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Poll files that other processes write; fails after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def common(out: Path, plan: Plan) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 from dlion import cli
 from dlion.cli import errors
+from dlion.cli.options import duration
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,3 +136,10 @@ def test_topology_verbs_print_results_on_stdout(capsys: pytest.CaptureFixture[st
     assert shown["resources"]["wan:a1>c2"]["mean_bps"] == 35e6
     assert cli.main(["topology", "show", "dynamic-system"]) == 0
     assert "20 to 50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["-5s", "5x"])
+def test_durations_of_the_command_line_are_refused_by_the_option_s_name(text: str) -> None:
+    with pytest.raises(click.BadParameter, match=text) as refused:
+        duration(text, "--start")
+    assert refused.value.param_hint == "--start" and duration("2m", "--start") == 120

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from test_checkpoint_live import dlion
+from live_runs import dlion
 
 from dlion.cli.host import SNAPSHOTS
 from dlion.cli.measure import measuring

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from live_runs import dlion
 
 from dlion import cli
 from dlion.cli import errors
@@ -84,13 +82,12 @@ def test_a_directory_that_cannot_be_written_is_told_as_such(host: Path, capsys: 
 
 def test_who_waits_says_for_whom_and_may_be_stopped(host: Path, taken: int) -> None:
     (host / "west.toml").write_text(FILE.format(listen=0, admin=0, nobody=taken))
-    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    command = [sys.executable, "-m", "dlion", "peer", "west.toml", "--no-evaluate"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with dlion("peer", "west.toml", "--no-evaluate") as process:
         assert process.stderr is not None
         line = next(line for line in process.stderr if line.startswith("waits for"))
         process.send_signal(signal.SIGTERM)
         told = process.stderr.read()
+        process.wait(30)
     assert line == f"waits for north (127.0.0.1:{taken}), south (dials us); 60 s at most\n"
     assert process.returncode == 0 and "west: 0 steps, SIGTERM" in told
 

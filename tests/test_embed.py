@@ -18,6 +18,7 @@ import pytest
 from aiohttp import web
 
 import dlion
+from dlion.embedded import Embedded, embed
 from dlion.learn.workload import Evaluation, Indices
 from dlion.net.upgrade import serve
 from dlion.observe.read import read_directory
@@ -187,9 +188,8 @@ def test_the_application_of_the_readme_takes_leave_over_links_that_it_accepted(
     names: dict[str, Any] = {"np": np, "Layout": Layout, "Tensors": Tensors, "Evaluation": Evaluation}
     exec(_readme("class Line"), names)
     exec(_readme("import asyncio, dlion").replace("web.run_app", "# web.run_app"), names)
-    made: list[dlion.embedded.Embedded] = []
+    made: list[Embedded] = []
     monkeypatch.setattr(names["dlion"], "embed", lambda *a, **k: made.append(embed(*a, **k)) or made[-1])
-    from dlion.embedded import embed
 
     async def main() -> float:
         here, there = await _ports(2)

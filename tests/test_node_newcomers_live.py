@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from live_runs import dlion, wait_for
 from safetensors.numpy import load_file
-from test_checkpoint_live import dlion, wait_for
 
 from dlion.observe.read import read_directory
 from dlion.observe.runlog import Step

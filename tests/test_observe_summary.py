@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
-import click
 import msgspec
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observe_runs import SIX, peer_events
 
-from dlion.cli.options import duration
 from dlion.cli.show import show_summary
 from dlion.observe import runlog
 from dlion.observe.read import PeerLog, Run
@@ -183,10 +181,3 @@ def test_time_to_lies_where_the_curve_first_reaches_the_target(values: list[floa
     assert np.interp(when, *curve) == pytest.approx(target) or (when == 0 and values[0] >= target)
     assert all(v < target for t, v in zip(*curve, strict=True) if t < np.floor(when))
     assert all(a <= b for a, b in pairwise([0.0, when]))
-
-
-@pytest.mark.parametrize("text", ["-5s", "5x"])
-def test_durations_of_the_command_line_are_refused_by_the_option_s_name(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=text) as refused:
-        duration(text, "--start")
-    assert refused.value.param_hint == "--start" and duration("2m", "--start") == 120

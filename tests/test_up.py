@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from live_runs import dlion, wait_for
 from safetensors.numpy import load_file
 
 from dlion.observe.read import read_directory
@@ -24,37 +19,6 @@ pytest.importorskip("sklearn", reason="the digits job needs the extra `data`")
 CONSENSUS = ("--set", "exchange.settings.residual=true", "--set", "exchange.settings.transfer=off")
 BOUND = 1e-4
 """Relative: how far apart replicas may be after a drain, where the strategy promises consensus."""
-
-
-@contextmanager
-def dlion(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A ``dlion`` process, ended whatever happens."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dlion", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        process.communicate()
-
-
-def _wait_for(found: Any, seconds: float = 60.0) -> None:
-    """Poll files that other processes write; fails after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def _steps(out: Path, peer: str) -> int:
@@ -84,12 +48,12 @@ def test_six_processes_train_to_093_and_agree_after_the_drain(tmp_path: Path) ->
 def test_survivors_step_on_after_a_sigkill_and_ctrl_c_drains(tmp_path: Path) -> None:
     out = tmp_path / "run"
     with dlion("up", "--topology", "demo", "--until", "1h", *CONSENSUS, "--out", str(out)) as process:
-        _wait_for(lambda: all(_steps(out, peer) >= 5 for peer in ("a1", "b1", "c1")))
+        wait_for(lambda: all(_steps(out, peer) >= 5 for peer in ("a1", "b1", "c1")))
         victim = json.loads((out / "b1.host.json").read_text())["pid"]
         os.kill(victim, signal.SIGKILL)
         survivors = ("a1", "a2", "b2", "c1", "c2")
         before = {peer: _steps(out, peer) for peer in survivors}
-        _wait_for(lambda: all(_steps(out, peer) >= before[peer] + 10 for peer in survivors))
+        wait_for(lambda: all(_steps(out, peer) >= before[peer] + 10 for peer in survivors))
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
@@ -113,15 +77,15 @@ def test_a_peer_started_from_its_file_waits_trains_and_leaves_on_sigterm(tmp_pat
             f'out = "{tmp_path / name}"\n[peers]\n{other} = "{dialled}"\n'
         )
     with dlion("peer", str(tmp_path / "x1.toml"), "--until", "1h") as first:
-        _wait_for((tmp_path / "x1" / "x1.host.json").exists)
+        wait_for((tmp_path / "x1" / "x1.host.json").exists)
         with dlion("peer", str(tmp_path / "y1.toml"), "--until", "1h") as second:
-            _wait_for(lambda: _steps(tmp_path / "x1", "x1") >= 3 and _steps(tmp_path / "y1", "y1") >= 3)
+            wait_for(lambda: _steps(tmp_path / "x1", "x1") >= 3 and _steps(tmp_path / "y1", "y1") >= 3)
             second.terminate()
             _, told = second.communicate(timeout=40)
             assert second.returncode == 0, told
             assert "SIGTERM" in told
         alone = _steps(tmp_path / "x1", "x1")
-        _wait_for(lambda: _steps(tmp_path / "x1", "x1") >= alone + 3)
+        wait_for(lambda: _steps(tmp_path / "x1", "x1") >= alone + 3)
         first.send_signal(signal.SIGINT)
         _, told = first.communicate(timeout=40)
         assert first.returncode == 0, told

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,13 @@ async def _run(who: Described, start: Start) -> int:
     return DRAIN_CUT_SHORT if "cut short" in reason else 0
 
 
-@asynccontextmanager
-async def _measured(who: Described, host: Hosted, view: LiveView) -> AsyncIterator[None]:
+def _measured(who: Described, host: Hosted, view: LiveView) -> AbstractAsyncContextManager[None]:
     """With the accuracy in the peer's status, unless somebody else measures its snapshots."""
 
     def heard(_: str, accuracy: float) -> None:
         host.status.accuracy = accuracy
 
-    async with measuring(who.out, heard, view.say, who.peer) if who.evaluate else nullcontext():
-        yield
+    return measuring(who.out, heard, view.say, who.peer) if who.evaluate else nullcontext()
 
 
 class News:
