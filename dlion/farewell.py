@@ -82,7 +82,8 @@ class Farewell:
     def hear(self, message: Message) -> list[tuple[PeerId, bool]]:
         """Last words: (who, does it leave) of those that are news."""
         leaving, plan = bool(message.fields["leaving"]), str(message.fields.get("plan", ""))
-        news = [peer for peer in names_of(message) if peer not in self._words]
+        said = {*self._words, self._membership.me}  # our own is for us to say
+        news = [peer for peer in names_of(message) if peer not in said]
         for peer in news:
             self._add(Word(peer, message.hop, plan, leaving, over=not leaving))
         for peer in names_of(message) if leaving else ():

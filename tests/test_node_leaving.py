@@ -18,7 +18,10 @@ from dlion.blocks import dense
 from dlion.exchange.base import Context, Exchange, LinkView, Member, Send, Update
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
+from dlion.farewell import Farewell
+from dlion.membership import Membership
 from dlion.mesh.bridges import PeerRoutes, left_of, name_of, plan
+from dlion.mesh.roster import Record
 from dlion.messages import Message, PeerId, Span
 from dlion.node import Node
 from dlion.tensors import Layout, disagreement
@@ -179,6 +182,38 @@ def test_a_word_goes_on_by_the_plan_under_which_it_was_said() -> None:
     (told,) = full.on_writable(ctx.former[PeerId("b1")], ctx)
     assert isinstance(told, Send) and told.to == ("b1",) and told.message.coverage == (("a2", 2, 2),)
     assert not full.lags(ctx) and not full.owes(ctx)
+
+
+def test_what_is_owed_by_a_plan_that_came_twice_is_owed_together() -> None:
+    """b1 leaves, comes again and leaves again, while its link takes nothing: both words are still owed to it."""
+    topology = net("a1 a2 | b1 b2", "bridges")
+    peers, gone, me = sorted(topology.peers), PeerId("b1"), PeerId("a1")
+    before, after = (plan(topology, dict.fromkeys(found, 1.0)) for found in (peers, [p for p in peers if p != gone]))
+    left = name_of({gone}, topology)
+    there, away = (PeerRoutes(p, me, n, {"": before, left: after}.get) for p, n in ((before, ""), (after, left)))  # type: ignore[arg-type]
+    ctx = Context(me, "a", Layout(("w",), ((4,),)), np.zeros(4, dtype=np.float32), np.random.default_rng(0), there)
+    ctx.members = {p: Member(p, p[0]) for p in peers}
+    link = LinkView(gone, "b", lan=False)
+    full = Full()
+    full.setup(ctx)
+    for step in range(2):
+        ctx.routes, ctx.links, ctx.former = there, {gone: link}, {}
+        list(full.on_members(ctx))
+        list(full.after_step(Update(step, np.ones(4, dtype=np.float32), 0.0, 1, 0.1, 0.1), ctx))
+        ctx.routes, ctx.links, ctx.former = away, {}, {gone: link}
+        list(full.on_members(ctx))
+    link.writable_bytes = 99
+    said = [action.message for action in full.on_writable(link, ctx) if isinstance(action, Send)]
+    assert [span for message in said for span in message.coverage] == [("a1", 0, 1)]
+    np.testing.assert_allclose(said[0].blocks[0].values, 2 * ctx.share)
+
+
+def test_nobody_else_says_our_last_word() -> None:
+    membership = Membership(Record(PeerId("a1")), net("a1 a2 a3"), 3.0)
+    told: list[tuple[tuple[PeerId, ...], str]] = []
+    farewell = Farewell(membership, {}, lambda to, message: told.append((to, message.kind)))
+    word = Message("~done", fields={"peer": "a1", "leaving": True}, hop=PeerId("a2"))
+    assert farewell.hear(word) == [] and told == [(("a2",), "~bye")]
 
 
 def test_a_plan_is_known_by_who_has_left() -> None:

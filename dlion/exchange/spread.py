@@ -1,4 +1,4 @@
-"""Common ground of the strategies whose peers tell each other their updates: full, DLion, Ako, Gaia, TFAko.
+"""Common ground of the strategies whose peers tell each other their updates: full, DLion, Ako, Gaia, TFAko, pride.
 
 Law: routes and accounts. An own update is weighed and added; whoever must hear it is owed it; a link that can take
 more is told what the strategy chooses to ``say``. What is heard is added and passed on along the routes, never echoed.
@@ -147,7 +147,10 @@ class Spread(Exchange):
             return
         for account, owed in list(self.owed.items()):
             if owed and not self._alike(before, account[0], owed.cloud, ctx):
-                self._elder[before, account[0], owed.cloud] = self.owed.pop(account)
+                elder = self._elder.setdefault((before, account[0], owed.cloud), owed)
+                if elder is not owed:  # that plan was the present one before, and came again
+                    elder.add(_piece(owed, ctx), owed.coverage)
+                del self.owed[account]
 
     def _alike(self, plan: str, to: PeerId, cloud: str, ctx: Context) -> bool:
         """Does what we say to ``to`` go on alike from there by that plan and by the present one?"""
@@ -202,9 +205,8 @@ class Spread(Exchange):
                 continue
             side = cloud if there.cloud == ctx.cloud else ctx.cloud
             if plan != ctx.routes.name and (link is None or not self._alike(plan, peer, side, ctx)):
-                elder = self._elder.get((plan, peer, side)) or Owed(ctx.layout.size, awaited=self.awaited)
+                elder = self._elder.setdefault((plan, peer, side), Owed(ctx.layout.size, awaited=self.awaited))
                 elder.add(piece, coverage)
-                self._elder[plan, peer, side] = elder
             elif link is not None:
                 self._account(peer, cloud, ctx).add(piece, coverage)
                 accounts.append((peer, link.cloud == ctx.cloud != cloud))
