@@ -91,7 +91,7 @@ class Entry:
         pieces = -(-self.size // PIECE_ENTRIES)
         if self.done or message.hop != self.sponsor or int(message.fields["at"]) != self.taken + 1:
             return "a piece of a copy that was not asked for"
-        if not 0 < count <= self.arrays_max * pieces or len(message.blocks) != 1:
+        if not self.taken < count <= self.arrays_max * pieces or len(message.blocks) != 1:
             return f"a copy of {count} pieces, {len(message.blocks)} in one message"
         block = message.blocks[0]
         start = self.taken % pieces * PIECE_ENTRIES

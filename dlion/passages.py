@@ -16,7 +16,7 @@ from dlion.net.greeting import Greeting
 from dlion.net.link import Dialer, Link, LinkError
 
 PASSAGES_MAX = 64
-"""Links passed on or held at a time."""
+"""Links passed on, or on which somebody waits for a way, at a time."""
 BACKLOG_BYTES_MAX = 32 << 20
 """What may wait here for the slower side. Sessions do not fill what they cannot empty; who does is cut off."""
 READ_BYTES_MAX = 64 * 1024
@@ -34,6 +34,8 @@ class Passages:
         self._known = frozenset(known)
         self._held: dict[Ends, asyncio.Future[tuple[Greeting, bytes]]] = {}
         self._open: set[_Passage] = set()
+        self._asking = 0
+        """Links whose other end is dialled or waited for."""
 
     def __bool__(self) -> bool:
         return bool(self._open)
@@ -44,38 +46,43 @@ class Passages:
         asker, target = ends
         if not {asker, target} <= self._known:
             return f"no way from {asker[:NAME_SHOWN]!r} to {target[:NAME_SHOWN]!r}: not both are in the topology"
-        if len(self._open) + len(self._held) >= PASSAGES_MAX:
+        if len(self._open) + self._asking >= PASSAGES_MAX:
             return f"no way to {target}: {PASSAGES_MAX} links are passed on already"
-        partner = self._held.pop((target, asker), None)
-        if partner is not None and not partner.done():
+        if (partner := self._held.pop((target, asker), None)) is not None:
             partner.set_result((near, hello))
             return ""
+        self._asking += 1
         try:
-            async with asyncio.timeout(REACH_S):
-                far = Greeting(await self._dialer.dial(target))
-        except (LinkError, TimeoutError):
-            met = await self._meet(ends)
-            if met is None:
-                return f"no way to {target}"
-            far, answer = met
-            near.say(answer)
+            far = await self._dial(target) or await self._meet(near, ends)
+        finally:
+            self._asking -= 1
+        if far is None:
+            return f"no way to {target}"
         far.say(hello)
         self._open.add(_Passage(near, far, self._open.discard))
         return ""
 
-    async def _meet(self, ends: Ends) -> tuple[Greeting, bytes] | None:
-        """The link of the other, should it ask for this one."""
+    async def _dial(self, target: PeerId) -> Greeting | None:
+        try:
+            async with asyncio.timeout(REACH_S):
+                return Greeting(await self._dialer.dial(target))
+        except (LinkError, TimeoutError):
+            return None
+
+    async def _meet(self, near: Greeting, ends: Ends) -> Greeting | None:
+        """The link of the other, should it ask for this one: its first words are the answer to ``near``."""
         meeting: asyncio.Future[tuple[Greeting, bytes]] = asyncio.get_running_loop().create_future()
         self._held[ends] = meeting
         try:
-            async with asyncio.timeout(HOLD_S):
-                await meeting
-        except TimeoutError:
-            return None
+            await asyncio.wait([meeting], timeout=HOLD_S)
         finally:
             if self._held.get(ends) is meeting:
                 del self._held[ends]
-        return meeting.result()
+        if not meeting.done():
+            return None
+        far, answer = meeting.result()
+        near.say(answer)
+        return far
 
     def close(self) -> None:
         for passage in tuple(self._open):

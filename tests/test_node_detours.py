@@ -184,3 +184,18 @@ def test_it_carries_only_so_many() -> None:
         assert not passages
 
     asyncio.run(main())
+
+
+def test_who_waits_for_a_way_counts_too() -> None:
+    async def main() -> None:
+        passages = Passages(Doors(), "abc")  # type: ignore[arg-type]
+        keep = [asked() for _ in range(PASSAGES_MAX + 1)]
+        waiting = [asyncio.create_task(passages.carry(near, b"", (A, B))) for _, near in keep[1:]]
+        await asyncio.sleep(0)
+        assert "passed on already" in await passages.carry(keep[0][1], b"", (A, B))
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        assert await passages.carry(keep[0][1], b"", (A, B)) == "no way to b"
+
+    clock.run(main())

@@ -186,6 +186,13 @@ def test_a_torn_or_forged_copy_is_refused(changes: Mapping[str, Any], fault: str
     assert not entry.done and entry.take(piece(entry, dense(values))) == "" and entry.done
 
 
+def test_a_copy_that_has_no_end_is_refused() -> None:
+    """Else its sender could fill our memory with arrays."""
+    entry, block = Entry(PeerId("a1"), 1, 10, 3), dense(np.ones(10, dtype=np.float32))
+    assert entry.take(piece(entry, block, count=2)) == ""
+    assert "pieces" in entry.take(piece(entry, block, of="more", at=2, count=1))
+
+
 def test_a_large_copy_comes_in_pieces() -> None:
     size = PIECE_ENTRIES + 5
     values = np.arange(size, dtype=np.float32)
