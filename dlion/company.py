@@ -233,7 +233,7 @@ class Company:
     def all_said(self, leaving: bool) -> bool:
         """Has everybody heard us, and (unless we leave the others to go on) said a last word?"""
         self.farewell.pass_on(self.owes)
-        self.see_off()
+        self.farewell.answer(self.lags)
         unheard = [connection for connection in self.farewell.listeners if not connection.session.heard]
         for connection in unheard:
             connection.ask()
@@ -282,10 +282,11 @@ class Company:
         self._aging = loop.call_later(patience_s + 1e-3, self.age)
 
     def refused(self, peer: PeerId, reason: str) -> None:
-        self.porch.refused(peer, reason, begun=self._begun)
-        self._wake()
-        self._refusers[peer] = reason[:REASON_CHARS_MAX]
         self._journal.refused(peer, reason)
+        if peer in self._topology.peers:  # else a stranger claims to be called so
+            self._refusers[peer] = reason[:REASON_CHARS_MAX]
+            self.porch.refused(peer, reason, begun=self._begun)
+            self._wake()
 
     def refuse(self, peer: PeerId, reason: str) -> None:
         """An inadmissible message: counted, attributed, told to its sender; too many quarantine the sender."""

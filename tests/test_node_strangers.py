@@ -17,6 +17,7 @@ from dlion import clock
 from dlion.blocks import Encoding, dense, sparse
 from dlion.exchange.full import Full
 from dlion.exchange.pace import Free
+from dlion.identity import UNDER_WAY
 from dlion.messages import PROTOCOL_MAX, PROTOCOL_MIN, Hello, Message, PeerId, Span, Stream
 from dlion.neighbours import DialSettings
 from dlion.net.chunks import DATA, HEADER
@@ -151,6 +152,16 @@ def test_a_mismatch_is_refused_on_both_sides_with_both_values(changes: dict[str,
                 assert value in stranger.hello.refusal and value in refusal
             assert refusal.startswith(f"{changes.get('peer', 'b1')}: " if changes.get("peer") != "b7" else "?: ")
             assert v.node.state == "joining"
+            v.node.stop("test")
+
+    virtual(main)
+
+
+def test_what_a_stranger_says_is_not_taken_for_a_run_under_way() -> None:
+    async def main() -> None:
+        async with victim() as v:
+            await meet(v.node, peer="b7", job=UNDER_WAY)
+            assert not v.node.company.porch.under_way and v.node.state == "joining"
             v.node.stop("test")
 
     virtual(main)
