@@ -87,6 +87,14 @@ def _files(tmp_path: Path, name: str, other: str, port: int) -> Path:
     return path
 
 
+async def _ports(count: int) -> list[int]:
+    """Free ones."""
+    probes = [await serve(web.Application(), "127.0.0.1", 0) for _ in range(count)]
+    for probe in probes:
+        await probe.close()
+    return [probe.port for probe in probes]
+
+
 def test_an_application_answers_while_its_node_trains_with_a_neighbour(tmp_path: Path) -> None:
     threads_before = threading.active_count()
 
@@ -100,10 +108,7 @@ def test_an_application_answers_while_its_node_trains_with_a_neighbour(tmp_path:
             doors[name] = web.Application()
             doors[name].router.add_get("/", hello)
         # ports must be known before the files are written, the applications mounted before they are served
-        probes = [await serve(web.Application(), "127.0.0.1", 0) for _ in range(2)]
-        ports = dict(zip(("x1", "y1"), (p.port for p in probes), strict=True))
-        for probe in probes:
-            await probe.close()
+        ports = dict(zip(("x1", "y1"), await _ports(2), strict=True))
         for name, other in (("x1", "y1"), ("y1", "x1")):
             made = dlion.embed(_files(tmp_path, name, other, ports[other]), workload=Line())
             doors[name].add_subapp("/dlion", made.links)
@@ -165,13 +170,6 @@ def _readme(start: str) -> str:
     """The README's code block that begins with ``start``."""
     blocks: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     return next(block for block in blocks if block.startswith(start))
-
-
-async def _ports(count: int) -> list[int]:
-    probes = [await serve(web.Application(), "127.0.0.1", 0) for _ in range(count)]
-    for probe in probes:
-        await probe.close()
-    return [probe.port for probe in probes]
 
 
 async def _until(true: Callable[[], bool]) -> None:

@@ -214,30 +214,19 @@ def test_unusable_settings_are_refused_with_what_was_expected() -> None:
     assert Budget(0.85).n_fixed is None
 
 
-def test_of_many_spans_all_are_named_in_turn() -> None:
-    """Three in four wait for the next messages; nothing is named twice, and values never wait for names."""
-    owed, size = Owed(2), 2
-    peers = [PeerId(f"p{n:03d}") for n in range(4 * SPANS_MAX)]
-    named: list[PeerId] = []
-    for turn in range(5):
-        coverage = [Span(peer, 0, 0) for peer in peers] if not turn else []
-        owed.add(Piece(np.ones(size, np.float32), PeerId("a"), size), coverage)
-        said = owed.said(owed.everything())
-        assert not owed and len(said) <= SPANS_MAX
-        named += [span.origin for span in said]
-    assert sorted(named) == peers
-
-
 @pytest.mark.parametrize("awaited", [True, False])
-def test_of_very_many_spans_some_are_named_in_turn_and_few_where_nobody_waits(awaited: bool) -> None:
+@pytest.mark.parametrize("count", [4 * SPANS_MAX, 200])
+def test_of_many_spans_all_are_named_in_turn_and_few_at_once_where_nobody_waits(awaited: bool, count: int) -> None:
+    """Nothing is named twice, and values never wait for names."""
     owed, size = Owed(2, awaited=awaited), 2
-    origins = [PeerId(f"p{n:03d}") for n in range(200)]
+    origins = [PeerId(f"p{n:03d}") for n in range(count)]
     named: list[PeerId] = []
     most = 0
     while len(named) < len(origins):
         coverage = tuple(Span(p, 0, 0) for p in origins) if not named else ()
-        owed.add(Piece(np.ones(2, dtype=np.float32), origins[0], size), coverage)
+        owed.add(Piece(np.ones(size, dtype=np.float32), origins[0], size), coverage)
         spans = owed.said(owed.everything())
+        assert spans and not owed
         most = max(most, len(spans))
         named += [span.origin for span in spans]
-    assert sorted(named) == origins and most == (50 if awaited else 16)
+    assert sorted(named) == origins and most == (count // 4 if awaited else SPANS_MAX)

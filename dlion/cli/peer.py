@@ -83,7 +83,7 @@ def again(place: Path) -> Described:
         hosts = {p: json.loads((place.parent / f"{p}.host.json").read_bytes()) for p in plan.peers}
         listen = {p: str(host["listen"]) for p, host in hosts.items()}
         doors = Doors(address(listen.pop(peer)), emulate=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         what, advice = f"no run in which {peer} could come again", "name RUN/PEER of a dlion up that goes on"
         raise Fault(CANNOT_READ, what, str(place), f"{type(error).__name__}: {error}", advice) from error
     return Described(plan, peer, doors, listen, place.parent, evaluate=False)

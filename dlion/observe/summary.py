@@ -85,6 +85,7 @@ def summarise(
     curve = mean_accuracy(run)
     wan, lan = sent_bytes(run)
     steps = {peer: course(log) for peer, log in logs.items()}
+    trained_s = max(float(log[Step]["t"].max(initial=until_s)) for log in logs.values())
     batches = {peer: int(rows["samples"][-1]) for peer, rows in steps.items() if rows["samples"].size}
     return {
         "exchange": run.header.exchange,
@@ -92,9 +93,7 @@ def summarise(
         "topology": run.header.topology,
         "seed": run.header.seed,
         "virtual_seconds": run.seconds,
-        "drain_seconds": max(
-            0.0, run.seconds - max(float(log[Step]["t"].max(initial=until_s)) for log in logs.values())
-        ),
+        "drain_seconds": max(0.0, run.seconds - trained_s),
         "cut_short": [peer for peer, log in logs.items() if any("cut short" in why for why in log[End]["reason"])],
         "wall_seconds": wall_seconds,
         "accuracy": {
