@@ -85,9 +85,8 @@ class Journal:
 
     def sent(self, to: PeerId, seq: int, nbytes: int, message: Message, budget_bytes: int) -> None:
         """``seq`` 0: there was no session to take it."""
-        wan = not self._topology.lan(self._me, to)
         entries = sum(block.count for block in message.blocks)
-        self.meter.sent(to, nbytes, entries, message.kind, wan)
+        self.meter.sent(to, nbytes, entries, message.kind)
         if seq and message.kind[0] != "~":
             self._log.write(
                 runlog.Send(
@@ -98,7 +97,7 @@ class Journal:
                     budget=budget_bytes,
                     entries=entries,
                     bytes=nbytes,
-                    wan=wan,
+                    wan=not self._topology.lan(self._me, to),
                 )
             )
 

@@ -30,7 +30,6 @@ class Mlp:
         for number, (fan_in, fan_out) in enumerate(pairwise(widths)):
             names += [f"{number}.weight", f"{number}.bias"]
             shapes += [(fan_in, fan_out), (fan_out,)]
-        self.widths = widths
         self.layout = Layout(tuple(names), tuple(shapes))
 
     def initial(self, seed: int) -> Tensors:

@@ -30,11 +30,10 @@ EARLY_TIMER_S = 0.001
 class Bottleneck:
     """What is booked of one resource. Links that cross it book in the order in which they write (FIFO)."""
 
-    __slots__ = ("_bits", "_finish_s", "_since_s", "booked_bits", "rate")
+    __slots__ = ("_bits", "_finish_s", "_since_s", "rate")
 
     def __init__(self, rate: Rate) -> None:
         self.rate = rate
-        self.booked_bits = 0
         self._since_s = self._finish_s = -math.inf
         self._bits = 0
 
@@ -52,7 +51,6 @@ class Bottleneck:
         if now_s >= self._finish_s:
             self._since_s, self._bits = now_s, 0
         self._bits += nbytes * 8
-        self.booked_bits += nbytes * 8
         self._finish_s = self.rate.finish(self._since_s, self._bits)
         return self._finish_s
 

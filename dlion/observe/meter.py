@@ -33,8 +33,6 @@ class Meter:
         self.step_s = 0.0
         self.samples_per_s = 0.0
         self.waited_s = 0.0
-        self.lan_bytes = 0
-        self.wan_bytes = 0
         self.links: dict[str, LinkMeter] = {}
         self.refusals: dict[str, Counter[str]] = {}
         self._losses: deque[float] = deque(maxlen=LOSSES)
@@ -66,16 +64,12 @@ class Meter:
             meter = self.links[peer] = LinkMeter()
         return meter
 
-    def sent(self, peer: str, nbytes: int, entries: int, kind: str, wan: bool) -> None:
+    def sent(self, peer: str, nbytes: int, entries: int, kind: str) -> None:
         meter = self.link(peer)
         meter.sent_bytes += nbytes
         meter.entries += entries
         meter.messages += 1
         meter.by_kind[kind] += nbytes
-        if wan:
-            self.wan_bytes += nbytes
-        else:
-            self.lan_bytes += nbytes
 
     def received(self, peer: str, nbytes: int) -> None:
         self.link(peer).received_bytes += nbytes
