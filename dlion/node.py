@@ -86,7 +86,7 @@ class Node:
             routes=self.membership.plan.routes(me),
             members={me: Member(me, topology.cloud_of(me))},
         )
-        admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS)
+        admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS, exchange.blocks)
         known, cuts = frozenset(topology.peers), self.keeper.cuts
         self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, cuts=cuts)
         exchange.awaited = pace.waits

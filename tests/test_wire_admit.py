@@ -13,7 +13,7 @@ from dlion.blocks import dense
 from dlion.messages import Message
 from dlion.wire.admit import Admit
 
-ADMIT = Admit(100, {"grad": {"lr": float, "n": int}, "ask": {}}, {"~beat": {"up": bool, "why": str}})
+ADMIT = Admit(100, {"grad": {"lr": float, "n": int}, "ask": {}}, {"~beat": {"up": bool, "why": str}}, {"ask": 1})
 FIELDS = {"lr": 0.1, "n": 3}
 
 
@@ -25,6 +25,8 @@ FIELDS = {"lr": 0.1, "n": 3}
         (Message("~beat", fields={"up": True, "why": ""}), None),
         (Message("grad", fields=FIELDS, blocks=(dense(np.ones(40, np.float32), start=60),)), None),
         (Message("grad", fields=FIELDS, blocks=(dense(np.ones(40, np.float32), start=61),)), "model of 100"),
+        (Message("ask"), "0 blocks; expected 1"),
+        (Message("ask", blocks=(dense(np.ones(40, np.float32)),)), None),
         (Message("gone"), "not understood"),
         (Message("~other"), "not understood"),
         (Message("grad", fields={"lr": 0.1}), "expected"),

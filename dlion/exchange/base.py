@@ -191,7 +191,10 @@ class Exchange:
     consensus: bool = False
     """True: after a drain all replicas agree to rounding. May depend on the settings."""
     speaks: ClassVar[Speech] = {}
-    """Message kinds this strategy understands, each with its fields and their types; others are refused unheard."""
+    """Message kinds this strategy understands, each with its fields and their types; others are refused unheard. A text
+    called ``peer`` names peers of the topology."""
+    blocks: ClassVar[Mapping[str, int]] = {}
+    """How many blocks a message of a kind holds, where the strategy counts on that; others are refused unheard."""
     additive: ClassVar[tuple[str, ...]] = ()
     """Kinds whose blocks are added when heard: one that comes again over another route is dropped unheard."""
 

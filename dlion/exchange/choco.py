@@ -30,6 +30,7 @@ class Choco(Exchange):
     paces = ("free", "bounded", "backup")
     newcomers = True
     speaks: ClassVar[Speech] = {"difference": {}}
+    blocks: ClassVar[Mapping[str, int]] = {"difference": 1}
 
     def __init__(self, *, density: float = 0.05, gossip: float = 0.5) -> None:
         if not 0 < density <= 1 or not 0 < gossip <= 1:

@@ -33,6 +33,7 @@ class Hop(Exchange):
     paces = ("bounded", "free", "backup")
     newcomers = True
     speaks: ClassVar[Speech] = {"weights": {}}
+    blocks: ClassVar[Mapping[str, int]] = {"weights": 1}
 
     def __init__(self, *, backup: int = 1, staleness: int = 5, skip: int = 10) -> None:
         if min(backup, staleness, skip) < 0:

@@ -35,6 +35,7 @@ class NoLoCo(Exchange):
     paces = ("free",)
     newcomers = True
     speaks: ClassVar[Speech] = {"pair": {}, "alone": {}}
+    blocks: ClassVar[Mapping[str, int]] = {"pair": 2}
 
     def __init__(
         self,
@@ -143,9 +144,9 @@ class NoLoCo(Exchange):
         if theirs is not None:
             self._late = False
             part /= 2
-            add_scaled(self._velocity, theirs[0].values, 0.5 * self.pull)
+            theirs[0].add_to(self._velocity, 0.5 * self.pull)
             add_scaled(self._velocity, slow, -0.5 * self.pull)
-            add_scaled(self._velocity, theirs[1].values, part)
+            theirs[1].add_to(self._velocity, part)
         add_scaled(self._velocity, delta, part)
         self._slow += self._velocity
         self._partner = None

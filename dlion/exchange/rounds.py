@@ -77,6 +77,7 @@ class Rounds(Exchange):
         "gone": {"cloud": str, "peer": str},
         "anchor": {"cloud": str},
     }
+    blocks: ClassVar[Mapping[str, int]] = {"part": 1, "sum": 1, "anchor": 2}
     overlap: ClassVar[bool] = False
     newcomers = True
     keep_error = False

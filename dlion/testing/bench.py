@@ -113,7 +113,8 @@ class Bench:
         self._refresh(ctx)
         watched = Watched(exchange, name, self.transcript)
         size = self.layout.size
-        replica = Replica(watched, ctx, weights, Admit(size, exchange.speaks), Limits.of(size))
+        admit = Admit(size, exchange.speaks, blocks=exchange.blocks)
+        replica = Replica(watched, ctx, weights, admit, Limits.of(size))
         seat = Seat(name, exchange, ctx, weights, replica, PACES[pace or exchange.pace]())
         if seat.pace.staged:
             replica.stage()

@@ -19,15 +19,22 @@ class Admit:
 
     ``speaks``: the strategy's kinds with their fields and types. ``node_speaks``: the same for kinds that begin with
     ``~``, which are the node's own; a strategy can neither declare nor shadow them (ValueError). A field declared with
-    ``?`` at the end of its name may be left out.
+    ``?`` at the end of its name may be left out. ``blocks``: how many a message of a kind must hold.
     """
 
-    def __init__(self, layout_size: int, speaks: Kinds, node_speaks: Kinds | None = None) -> None:
+    def __init__(
+        self,
+        layout_size: int,
+        speaks: Kinds,
+        node_speaks: Kinds | None = None,
+        blocks: Mapping[str, int] | None = None,
+    ) -> None:
         own = node_speaks or {}
         for kind in (*speaks, *own):
             if kind.startswith("~") != (kind in own) or (kind in own and kind in speaks):
                 raise ValueError(f"message kind {kind!r}: a leading ~ is for the node's kinds, and for all of them")
         self._layout_size = layout_size
+        self._blocks = blocks or {}
         self._kinds = {**speaks, **own}
         self._may = {
             kind: {name[:-1]: of for name, of in fields.items() if name.endswith("?")}
@@ -52,6 +59,12 @@ class Admit:
                 return f"{message.kind}: field {name!r} is missing"
             if not _fits(fields[name], kind):
                 return f"{message.kind}: field {name!r} is a {type(fields[name]).__name__}; expected {kind.__name__}"
+        return self._objection_to_blocks(message)
+
+    def _objection_to_blocks(self, message: Message) -> str | None:
+        count = len(message.blocks)
+        if count != (expected := self._blocks.get(message.kind, count)):
+            return f"{message.kind}: {count} blocks; expected {expected}"
         for block in message.blocks:
             if block.start < 0 or block.start + block.size > self._layout_size:
                 return f"{message.kind}: block {block.start} + {block.size} in a model of {self._layout_size}"
