@@ -15,7 +15,7 @@ import numpy as np
 
 from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context
-from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell, names_of
+from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
@@ -308,8 +308,6 @@ class Company:
                 self._news(message)
             case "~ask" | "~ready" | "~join":
                 self.porch.notice(message)
-            case "~done" if not self._topology.peers.keys() >= set(names_of(message)):
-                self.refuse(message.hop, "~done: of a peer that is not in the topology")
             case "~done":
                 self._turn(*(self.membership.roster.finished(*last) for last in self.farewell.hear(message)))
                 if message.fields["leaving"]:

@@ -33,7 +33,7 @@ from dlion.items import (
     Writable,
 )
 from dlion.messages import Message, PeerId, Stream
-from dlion.newcomers import JOIN, NEWCOMER_KINDS, Newcomers
+from dlion.newcomers import NEWCOMER_KINDS, Newcomers
 from dlion.observe.runlog import Apply, Refuse
 from dlion.once import Once
 from dlion.tensors import Flat, add_scaled
@@ -211,7 +211,8 @@ class Replica:
     @staticmethod
     def _stranger(message: Message, peers: Collection[PeerId]) -> str | None:
         """Is it said in the name of anybody who is not in the topology?"""
-        named = (message.fields["peer"],) if message.kind == JOIN else ()
+        peer = message.fields.get("peer")
+        named = peer.split(" ") if isinstance(peer, str) else ()
         for name in (message.origin, message.hop, *named, *(span.origin for span in message.coverage)):
             if name not in peers:
                 return f"{message.kind}: {name[:64]!r} is not in the topology"
