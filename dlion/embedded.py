@@ -83,8 +83,6 @@ def embed(
     name = PeerId(setup.peer.name)
     doors = Doors(address(setup.peer.listen), None, setup.peer.emulate, data_share=setup.peer.data_share or 1.0)
     directory = Path(out or setup.peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_plan(plan, directory)
     does = workload_for(plan, name, doors) if workload is None else workload
     if isinstance(does, type) or not isinstance(does, Workload):
         members = "layout, train_size, global_train_size, initial, gradient, evaluate"
@@ -92,6 +90,7 @@ def embed(
     keeping = Keeping(plan, name, directory, does.layout, Start(cut, fresh))
     guest = Guest(learner_of(plan, name, does, exchange_of(plan.job)), node_settings(plan.job))
     made = assemble(plan, name, doors, directory, setup.addresses, guest, keeping)
+    save_plan(plan, directory)  # not before: a run that lies there keeps its own when this one is refused
     agreement = Agreement(plan, name, () if keeping.part is None else (keeping.part.number,))  # it insists on its own
     links = peer_application(made.accept, answer=agreement.answer)
     links.on_cleanup.extend(links.on_shutdown)  # the peer drains over them, perhaps in the application's cleanup_ctx

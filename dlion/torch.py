@@ -278,7 +278,6 @@ class _Host:
         self._begun.set()
         plan, peer, options = self._plan, self._setup.peer, self._options
         out = Path(peer.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{peer.name}")
-        await asyncio.to_thread(self._prepare, out)
         doors = host.Doors(
             host.address(peer.listen),
             host.address(peer.admin),
@@ -294,6 +293,7 @@ class _Host:
         guest = host.Guest(self._learner, settings)
         start = Start(fresh=options.fresh)
         async with host.hosted(plan, PeerId(peer.name), doors, out, known, guest, start=start) as running:
+            await asyncio.to_thread(save_plan, plan, out)  # a run that is refused leaves the plan that lies there
             self._node = node = running.node
             self.begun_at = 0 if running.keeping.part is None else running.keeping.part.step
             running.keeping.tell()
@@ -303,10 +303,6 @@ class _Host:
     async def _introduce(self, here: str) -> Mapping[str, str]:
         assert self._options.addresses is not None
         return await asyncio.to_thread(self._options.addresses, here)
-
-    def _prepare(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        save_plan(self._plan, out)
 
 
 def _kept(optimizer: Steps | None, options: Options) -> dict[str, Keepable]:

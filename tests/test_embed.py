@@ -302,3 +302,4 @@ def test_what_is_no_workload_is_refused(tmp_path: Path, workload: Any) -> None:
 
     with pytest.raises(TypeError, match="expected an object with layout, train_size"):
         asyncio.run(main())
+    assert not (tmp_path / "out").exists(), "a run that lies there keeps its plan"

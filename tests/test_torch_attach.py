@@ -37,6 +37,7 @@ from torch_attach_kit import (  # noqa: E402
 
 from dlion.cli import host  # noqa: E402
 from dlion.cli.build import exchange_of, learner_of, node_settings  # noqa: E402
+from dlion.cli.errors import Fault  # noqa: E402
 from dlion.cli.peer import plan_of_peer  # noqa: E402
 from dlion.config import ConfigError, PeerSetup, load_setup  # noqa: E402
 from dlion.exchange.base import Exchange  # noqa: E402
@@ -293,7 +294,7 @@ def test_a_parameter_that_changes_shape_is_found(tmp_path: Path) -> None:
 def test_an_error_while_starting_surfaces_in_the_with_statement(tmp_path: Path) -> None:
     """The port is taken, say: entering raises, and the loop never runs."""
     (tmp_path / "solo").write_text("a file where the directory should be")
-    with pytest.raises(OSError), attach(mlp(), None, alone(tmp_path)):
+    with pytest.raises(Fault, match="cannot write the run's files"), attach(mlp(), None, alone(tmp_path)):
         pytest.fail("the block was entered")
 
 
