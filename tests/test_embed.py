@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import re
 import threading
 import time
 import warnings
@@ -16,6 +15,7 @@ import aiohttp
 import numpy as np
 import pytest
 from aiohttp import web
+from test_readme import block
 
 import dlion
 from dlion.embedded import Embedded, embed
@@ -163,15 +163,6 @@ def test_an_embedded_peer_goes_on_from_its_last_checkpoint(tmp_path: Path, caplo
     assert asyncio.run(run(1, fresh=True))[0] == 0
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-
-
-def _readme(start: str) -> str:
-    """The README's code block that begins with ``start``."""
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return next(block for block in blocks if block.startswith(start))
-
-
 async def _until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(30.0):
         while not true():  # noqa: ASYNC110
@@ -184,8 +175,8 @@ def test_the_application_of_the_readme_takes_leave_over_links_that_it_accepted(
     """Just as it stands there; its neighbour dials it, and is told at its shutdown; accuracy is shown as told."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"np": np, "Layout": Layout, "Tensors": Tensors, "Evaluation": Evaluation}
-    exec(_readme("class Line"), names)
-    exec(_readme("import asyncio, dlion").replace("web.run_app", "# web.run_app"), names)
+    exec(block("class Line"), names)
+    exec(block("import asyncio, dlion").replace("web.run_app", "# web.run_app"), names)
     made: list[Embedded] = []
     monkeypatch.setattr(names["dlion"], "embed", lambda *a, **k: made.append(embed(*a, **k)) or made[-1])
 

@@ -16,15 +16,15 @@ from dlion.config import load_job, load_topology
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def _block(start: str) -> str:
+def block(start: str) -> str:
     """The README's code block that begins with ``start``."""
     blocks: list[str] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return next(block for block in blocks if block.startswith(start))
+    return next(one for one in blocks if one.startswith(start))
 
 
 def test_the_strategy_of_a_stranger_conforms_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file of about forty lines in another project, found by its dotted name."""
-    source = _block("# my_project/neighbourly.py")
+    source = block("# my_project/neighbourly.py")
     assert len(source.splitlines()) <= 40
     package = tmp_path / "my_project"
     package.mkdir()

@@ -24,9 +24,9 @@ Account = tuple[PeerId, bool]
 CROWD_MIN = 5
 """Members of a micro-cloud whose bridges gather."""
 SUMS_PER_STEP = 4
-"""What a bridge says per own step, at most (four times as much in the end); and in which part of a step it gathers what
-was said at the same time."""
+"""What a bridge says per own step, at most (four times as much in the end)."""
 GATHER_SHARE = 1 / 16
+"""Part of a step in which it gathers what was said at the same time."""
 FIRST_STEP_S = 1.0
 """Taken for a step before we have done one."""
 CALM_S = 15.0
