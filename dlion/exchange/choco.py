@@ -82,6 +82,7 @@ class Choco(Exchange):
         for known in (self._public, self._owed):
             for peer in [p for p in known if p not in ctx.links and p != ctx.me]:
                 del known[peer]
+        self._unheard &= ctx.links.keys()
         self._greet(ctx)
         return self._say(ctx)
 
@@ -131,7 +132,7 @@ class Choco(Exchange):
     def state(self) -> dict[str, Any]:
         public = {f"public/{peer}": copy for peer, copy in self._public.items()}
         owed = {peer: owed.state() for peer, owed in self._owed.items()}
-        return {"start": self._start, **public, "owed": owed, "last": dict(self._last)}
+        return {"start": self._start, **public, "owed": owed, "last": dict(self._last), "unheard": set(self._unheard)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         self._start = np.array(state["start"], dtype=np.float32)
@@ -140,4 +141,4 @@ class Choco(Exchange):
             if kind == "public":
                 self._public[PeerId(peer)] = np.array(value, dtype=np.float32)
         self._owed = {PeerId(peer): Owed.of(ctx.layout.size, ctx.me, held) for peer, held in state["owed"].items()}
-        self._last = dict(state["last"])
+        self._last, self._unheard = dict(state["last"]), set(state["unheard"])
