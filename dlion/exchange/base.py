@@ -77,7 +77,7 @@ class Update:
 
 @dataclass
 class LinkView:
-    """One live neighbour as a strategy sees it. Read-only for strategies."""
+    """A link to a neighbour, or to one that was, as a strategy sees it. Read-only for strategies."""
 
     peer: PeerId
     cloud: str
@@ -125,7 +125,7 @@ class Routes(Protocol):
 
 @dataclass
 class Context:
-    """All that a hook may know. One object per node, brought up to date before each hook."""
+    """All that a hook may know. One object per node, brought up to date between batches of hooks."""
 
     me: PeerId
     cloud: str

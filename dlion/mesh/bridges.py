@@ -136,8 +136,8 @@ def plan(
     off, stay mates, who are owed what the others hear, but are no bridges, unless they are among ``live``: of a
     micro-cloud that is silent as a whole, for whoever will be heard again. Nor are those who came ``late`` (in this
     order) as long as anybody who came before lives in their micro-cloud: no bridge moves because somebody comes. In
-    ``bridges``, should two micro-clouds
-    have no link that could bridge them, updates are forwarded along a spanning tree, as in ``tree``.
+    ``bridges``, should two micro-clouds have no link that could bridge them, updates are forwarded along a spanning
+    tree, as in ``tree``.
     Raises ValueError for a live peer the topology does not know.
     """
     if unknown := sorted(set(live) - set(topology.peers)):

@@ -48,10 +48,10 @@ class State(StrEnum):
 
 
 LIVING = (State.LIVE, State.FINISHED)
-LAST_S = 1e9
-"""When somebody came into the run who has not said that yet: after everybody else."""
 COUNTED = (State.EXPECTED, *LIVING)
 """Who has a part in the plan of bridges."""
+LAST_S = 1e9
+"""When somebody came into the run who has not said that yet: after everybody else."""
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
