@@ -30,7 +30,7 @@ def show_summary(summary: Summary, as_json: bool, out: Path | None = None) -> No
         f"[bold]{summary['exchange']}[/] on {summary['job']}, {summary['topology']}, seed {summary['seed']}: "
         f"{summary['virtual_seconds']:.1f} s"
         + (f", of these {drain:.1f} s drain" if (drain := summary.get("drain_seconds", 0.0)) >= DRAIN_SHOWN_S else "")
-        + (f" (computed in {wall:.1f} s)" if (wall := summary["wall_seconds"]) is not None else "")
+        + (f" (wall time {wall:.1f} s)" if (wall := summary["wall_seconds"]) is not None else "")
     )
     facts = Table.grid(padding=(0, 2))
     if accuracy["mean"] is not None and accuracy["worst"] is not None:
