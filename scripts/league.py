@@ -31,8 +31,7 @@ from league_scenarios import SCENARIOS
 from dlion.cli.build import Plan, node_settings, workload_of
 from dlion.cli.simulate import Played, play
 from dlion.config import load_job
-from dlion.mesh.topology import Speed, Topology
-from dlion.net.wan import Rate
+from dlion.mesh.topology import Topology
 from dlion.observe.runlog import Send
 from dlion.observe.summary import evaluations, together
 
@@ -44,26 +43,28 @@ TUNE_SCENARIOS, TUNE_SEED, TUNE_S = ("hetero-system", "homogeneous"), 100, 40.0
 ORACLE = "oracle"
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ORACLE: ("full", {}),
-    "full": ("full", {}),
-    "hop": ("hop", {}),
-    "gaia": ("gaia", {}),
-    "ako": ("ako", {}),
-    "tfako": ("tfako", {}),
-    "dlion": ("dlion", {}),
-    "dlion-residual": ("dlion", {"residual": True, "transfer": "off"}),
-    "choco": ("choco", {}),
-    "fedavg": ("fedavg", {}),
-    "diloco": ("diloco", {}),
-    "sparseloco": ("sparseloco", {}),
-    "noloco": ("noloco", {}),
-    "streaming": ("streaming", {}),
-    "local-sgd": ("local-sgd", {}),
-    "pride": ("pride", {}),
-    "pride-plain": ("pride", {"speculation": 0.0}),
-    "pride-8-bit": ("pride", {"bits": 8}),
-    "pride-slow": ("pride", {"period_s": 1.0}),
+    **{
+        name: (name, {})
+        for name in "full hop gaia ako tfako dlion choco fedavg diloco sparseloco noloco streaming local-sgd pride".split()
+    },
+    "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
+ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "pride, speculation 0": ("pride", {"exchange.settings.speculation": 0.0}),
+    "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
+    "pride, trust_steps 2": ("pride", {"exchange.settings.trust_steps": 2}),
+    "pride, trust_steps 32": ("pride", {"exchange.settings.trust_steps": 32}),
+    "pride, 8 bits": ("pride", {"exchange.settings.bits": 8}),
+    "pride, 16 bits": ("pride", {"exchange.settings.bits": 16}),
+    "pride, period 0.05 s": ("pride", {"exchange.settings.period_s": 0.05}),
+    "pride, period 1 s": ("pride", {"exchange.settings.period_s": 1.0}),
+    "pride, bounded": ("pride", {"pace.name": "bounded"}),
+    "pride, batch grows": ("pride", {"batching.growth": True}),
+    "pride, momentum 0": ("pride", {"train.momentum": 0.0}),
+    "pride, batch fixed": ("pride", {"batching.mode": "fixed"}),
+}
+"""Ours with one thing changed."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ class Spec:
         return json.dumps(asdict(self), sort_keys=True)
 
     def flags(self, data: Path) -> dict[str, object]:
-        name, settings = STRATEGIES.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
+        known = {**STRATEGIES, **ABLATIONS}
+        name, changes = known.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
         return {
             "exchange.name": name,
-            **{f"exchange.settings.{key}": value for key, value in settings.items()},
             "job.until": self.until_s,
             "job.seed": self.seed,
             "data.dir": str(data),
@@ -98,6 +99,7 @@ class Spec:
             "evaluate.every": 5.0,
             "evaluate.samples": 2000,
             **SCENARIOS[self.scenario].flags,
+            **changes,
         }
 
 
@@ -135,12 +137,9 @@ def plan_of(spec: Spec, data: Path) -> Plan:
 
 
 def ideal(topology: Topology) -> Topology:
-    """The same samples per second in all, evenly spread, and links without limit or delay."""
-    speeds = [peer.speed.samples_per_s.mean for peer in topology.peers.values() if peer.speed]
-    even = Speed(Rate.constant(sum(speeds) / len(speeds)))
+    """The same peers, and links without limit or delay."""
     return replace(
         topology,
-        peers={name: replace(peer, speed=even) for name, peer in topology.peers.items()},
         links={e: replace(link, resources=(), delay_s=0.0, up=None) for e, link in topology.links.items()},
         resources={},
     )
@@ -288,6 +287,7 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 @click.option("--until", "until_s", default=80.0, show_default=True, help="Virtual seconds.")
 @click.option("--partition", default="iid", show_default=True)
 @click.option("--workload", default="fashion-mnist", show_default=True)
+@click.option("--ablations", is_flag=True, help="Ours with one thing changed at a time, instead of --strategies.")
 @click.argument("scenarios", nargs=-1, required=True, type=click.Choice(list(SCENARIOS)))
 def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of: Any) -> None:
     """Run strategies on scenarios with their tuned learning rates."""
@@ -297,14 +297,14 @@ def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of:
             strategy,
             scenario,
             int(seed),
-            SCENARIOS[scenario].rate or rates[strategy],
+            SCENARIOS[scenario].rate or rates[strategy.partition(",")[0]],
             of["until_s"],
             of["partition"],
             of["workload"],
         )
         for scenario in scenarios
         for seed in of["seeds"].split(",")
-        for strategy in of["strategies"].split(",")
+        for strategy in (ABLATIONS if of["ablations"] else of["strategies"].split(","))
     ]
     run_all(specs, data, jobs, limit_s)
 

@@ -38,8 +38,8 @@ neither by hand.
   (`batching.growth = false`); SGD with momentum 0.9. Accuracy on 2,000 fixed test images every 5 virtual seconds, on
   all 10,000 at the end, always of the deployable view (what a peer would save and serve). Where a scenario sets another
   task, its title says so.
-- **oracle** is the limit: `full` in lockstep with the same samples per second in all, spread evenly, links without
-  limit or delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
+- **oracle** is the limit: `full` in lockstep with batches dealt by compute power as for all, links without limit or
+  delay, an exchange lane without cost. Strategies that step on local updates meanwhile may pass it.
 - **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with
   seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least
   only where the next was the best of three. All else: defaults.
@@ -50,13 +50,14 @@ neither by hand.
 - **mean of replicas**: of all peers' training replicas, after the drain, on all 10,000 ("–": an older row).
 - **replica**: by how many points the training replica of the first peer is better than its deployable view, in the
   second half of the horizon; "–": they are one.
-- **Not run**: what has no row below; momentum other than 0.9 (which suits those that hear each other early); H of
-  DiLoCo and its kin other than their default for short jobs.
+- **Not run**: what has no row below; momentum other than 0.9 (which suits those that hear each other early) but for
+  one ablation; H of DiLoCo and its kin other than their default for short jobs.
 
 Commands (a run that has its row is skipped):
 
     python scripts/league.py tune --data ../shared/data/training
     python scripts/league.py run --data ../shared/data/training [--until S] [--seeds 0,1] [--strategies A,B] SCENARIO...
+    python scripts/league.py run --data ../shared/data/training --ablations [...] SCENARIO...
     python scripts/league.py one --data ../shared/data/training 'SPEC'      # any one run; specs are at the end
     python scripts/league.py page
 """
@@ -140,6 +141,30 @@ def table(groups: Mapping[str, Rows]) -> str:
         cells.append(f"{100 * max(row['stalled'] for row in rows):.1f} %")
         cells.append(shown(max(row["disagreement"] or 0.0 for row in rows), "{:.0e}"))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ablations(groups: Mapping[str, Rows], whole: Rows, target: float) -> str:
+    """Ours with one thing changed, beside ours: later or sooner at the target, and points at the end, same seeds."""
+    lines = [
+        "| changed | seeds | time to {:.3g} %, of ours | points at the end | WAN MB, of ours | stalled |".format(
+            100 * target
+        )
+    ]
+    lines.append("|" + " --- |" * 6)
+    mine = {row["spec"]["seed"]: row for row in whole}
+    for name, rows in groups.items():
+        pairs = [(row, mine[row["spec"]["seed"]]) for row in rows if row["spec"]["seed"] in mine]
+        if not pairs:
+            continue
+        times, arrived = ratios(whole, rows, target)
+        points = [100 * (row["full_mean"] - own["full_mean"]) for row, own in pairs]
+        wan = float(np.mean([row["wan_bytes"][-1] / own["wan_bytes"][-1] for row, own in pairs]))
+        spread = f" ({min(times):.2f} to {max(times):.2f})" if len(times) > 1 else ""
+        time = f"{'' if arrived else '≥ '}{float(np.median(times)):.2f}x{spread}" if times else "–"
+        stalled = 100 * max(row["stalled"] for row in rows)
+        what = name.partition(", ")[2]
+        lines.append(f"| {what} | {len(pairs)} | {time} | {np.mean(points):+.1f} | {wan:.2f}x | {stalled:.1f} % |")
     return "\n".join(lines)
 
 
@@ -251,13 +276,15 @@ def write(
     games: dict[tuple[str, str, float], Rows] = {}
     for row in rows:
         spec = row["spec"]
-        if spec["seed"] != tune_seed and spec["rate"] == fixed.get(spec["scenario"], chosen.get(spec["strategy"])):
+        own_rate = chosen.get(spec["strategy"].partition(",")[0])
+        if spec["seed"] != tune_seed and spec["rate"] == fixed.get(spec["scenario"], own_rate):
             games.setdefault((spec["scenario"], spec["partition"], spec["until_s"]), []).append(row)
     rates = ", ".join(f"{r:g}" for r in sorted({row["spec"]["rate"] for row in rows}))
     text = [INTRO.format(parameters=rows[0]["parameters"], rates=rates, tune_seed=tune_seed)]
     text.append((out / "headline.md").read_text(encoding="utf-8"))
     for (scenario, partition, until_s), played in games.items():
         groups = by_strategy(played)
+        changed = {name: groups.pop(name) for name in list(groups) if "," in name}
         picture = f"{scenario}-{partition}-{until_s:g}.png"
         draw(groups, out / picture)
         what = f" ({about[scenario]})" if about.get(scenario) else ""
@@ -267,6 +294,9 @@ def write(
             f"Failed: {r['spec']['strategy']}, seed {r['spec']['seed']}: {r['failed']}\n\n" for r in lost
         )
         text.append(f"{table(groups)}\n\n{failures}{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
+        if changed:
+            main = next((t for t in targets_of(groups) if t not in TARGETS), TARGETS[0])
+            text.append(f"Ours with one thing changed:\n\n{ablations(changed, groups[OURS], main)}\n")
     text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
     text.append("## Every run\n\n| hash of all logs | commit | spec |\n| --- | --- | --- |")
     text += [f"| `{r['log_sha256'][:16]}` | {r['commit']} | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]

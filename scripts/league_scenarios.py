@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,35 @@ def tfako(about: str, *egress_mbit: float) -> Scenario:
     return Scenario(lambda: star(*egress_mbit), f"TFAko's setting: {about}, 17 MB, Adam", flags=flags, rate=1e-3)
 
 
+def crowd(clouds: int, mates: int, talk: str) -> Topology:
+    """Micro-clouds of equal peers, 20 Mbit/s and 30 ms between every two peers of different ones."""
+    peers, resources, links = {}, {}, {}
+    for cloud, number in product(range(clouds), range(1, mates + 1)):
+        name = PeerId(f"{chr(ord('a') + cloud)}{number}")
+        peers[name] = PeerSpec(name, name[0], Speed(Rate.constant(160.0)))
+    for a, b in permutations(peers, 2):
+        rate, delay_s = (1000.0 * MBIT, 0.0002) if a[0] == b[0] else (20.0 * MBIT, 0.03)
+        path = f"path:{a}-{b}"
+        resources[path] = Resource(path, "path", Rate.constant(rate))
+        links[a, b] = LinkSpec(a, b, (path,), delay_s)
+    return Topology(f"crowd-{clouds}x{mates}", peers, links, resources, talk=talk)
+
+
+def crowded(clouds: int, mates: int, talk: str) -> Scenario:
+    """A global batch of 384, whatever the peers."""
+    flags = {"batching.global_start": 384, "data.partition": "iid"}
+    about = f"{clouds} micro-clouds of {mates} equal peers, 20 Mbit/s, talk = {talk}, 384 samples a step in all"
+    return Scenario(lambda: crowd(clouds, mates, talk), about, flags=flags)
+
+
+PAPERS = {
+    "homogeneous": "Homo",
+    "hetero-compute": "Hetero CPU",
+    "hetero-network": "Hetero NET",
+    "hetero-system": "Hetero SYS",
+    "dynamic-system": "Dynamic SYS",
+}
+"""Shipped topologies, and the environments of the DLion paper that they stand for."""
 SHIPPED = (
     "homogeneous",
     "hetero-compute",
@@ -129,6 +158,18 @@ SCENARIOS: Mapping[str, Scenario] = {
     "killed": Scenario(shipped("hetero-system"), "hetero-system, b1 killed at 25 s", (Death(PeerId("b1"), 25.0),)),
     **{f"drawn-{n}": Scenario(lambda n=n: drawn(n), f"drawn at random from seed {n}") for n in range(1, 5)},  # type: ignore[misc]
     "writers": Scenario(shipped("hetero-system"), "MNIST, each writer at one peer", flags={"data.partition": "writer"}),
+    **{
+        f"paper-{name}": Scenario(
+            shipped(name),
+            f"the DLion paper's {theirs}, with a model of its size, 5 MB",
+            flags={"model.hidden": [1024, 420]},
+        )
+        for name, theirs in PAPERS.items()
+    },
+    "crowd-6": crowded(3, 2, "mesh"),
+    "crowd-6-bridges": crowded(3, 2, "bridges"),
+    "crowd-60": crowded(10, 6, "bridges"),
+    "crowd-60-tree": crowded(10, 6, "tree"),
     "tfako-2": tfako("two workers of 40 Mbit/s", 40, 40),
     "tfako-4": tfako("four workers of 40 Mbit/s", 40, 40, 40, 40),
     "tfako-uneven": tfako("workers of 40, 40, 20 and 10 Mbit/s", 40, 40, 20, 10),
