@@ -43,10 +43,8 @@ TUNE_SCENARIOS, TUNE_SEED, TUNE_S = ("hetero-system", "homogeneous"), 100, 40.0
 ORACLE = "oracle"
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ORACLE: ("full", {}),
-    **{
-        name: (name, {})
-        for name in "full hop gaia ako tfako dlion choco fedavg diloco sparseloco noloco streaming local-sgd pride".split()
-    },
+    **{name: (name, {}) for name in ("full", "hop", "gaia", "ako", "tfako", "dlion", "choco", "fedavg", "diloco")},
+    **{name: (name, {}) for name in ("sparseloco", "noloco", "streaming", "local-sgd", "pride")},
     "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""

@@ -146,12 +146,15 @@ def table(groups: Mapping[str, Rows]) -> str:
 
 def ablations(groups: Mapping[str, Rows], whole: Rows, target: float) -> str:
     """Ours with one thing changed, beside ours: later or sooner at the target, and points at the end, same seeds."""
-    lines = [
-        "| changed | seeds | time to {:.3g} %, of ours | points at the end | WAN MB, of ours | stalled |".format(
-            100 * target
-        )
+    head = [
+        "changed",
+        "seeds",
+        f"time to {100 * target:.3g} %, of ours",
+        "points at the end",
+        "WAN MB, of ours",
+        "stalled",
     ]
-    lines.append("|" + " --- |" * 6)
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     mine = {row["spec"]["seed"]: row for row in whole}
     for name, rows in groups.items():
         pairs = [(row, mine[row["spec"]["seed"]]) for row in rows if row["spec"]["seed"] in mine]
