@@ -1,12 +1,15 @@
 # Four verbs: demo, test, check, bench. Each makes the environment it needs; the second call finds it ready.
 #   make demo PYTHON=python3.13    another interpreter
 #   make test ARGS="-k topology"   arguments for pytest; ARGS="-m slow" runs the slow ones
+#   make test EXTRAS=dev,torch     with PyTorch too, and the tests that need it
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+EXTRAS ?= dev
+comma := ,
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+READY := $(VENV)/.ready-$(subst $(comma),-,$(EXTRAS))
 
 # One BLAS thread: peers are the parallelism, and sums come out the same every time.
 export OPENBLAS_NUM_THREADS := 1
@@ -35,5 +38,5 @@ $(READY): pyproject.toml .ci/constraints.txt
 	  echo "dlion needs Python 3.11 or newer; $(PYTHON) is: $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.13" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[$(EXTRAS)]'
 	@touch $(READY)
