@@ -210,6 +210,7 @@ class Node:
         batcher, compute = self.learner.batcher, self.seams.compute
         waits = await self._gate()
         while not self._stopping:
+            batcher.members(self.membership.rates)
             batch = batcher.batch(self.now)
             self._note_batch(batch)
             started = self.now
@@ -223,6 +224,8 @@ class Node:
             seconds = self.now - started
             self._stepped(result, seconds, waits)
             batcher.observe(batch, seconds)
+            if not self.membership.roster.me.samples_per_s:  # all wait to hear how fast we are
+                self._gossip()
             self.step += 1
             waits = await self._gate()
 
