@@ -15,7 +15,7 @@ from dlion.cli.build import Plan, exchange_of
 from dlion.cli.simulate import Played, play
 from dlion.config import ConfigError, load_job, load_topology
 from dlion.exchange.base import Add, Update
-from dlion.exchange.pride import ECHO_MAX, SAVINGS_S, Allowance, Pride
+from dlion.exchange.pride import ECHO_PER_SAMPLE, SAVINGS_S, Allowance, Pride
 from dlion.mesh.topology import Speed, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
@@ -106,7 +106,7 @@ def test_others_are_assumed_to_move_as_we_do_until_they_are_heard() -> None:
         np.testing.assert_allclose(seat.weights, seat.view, atol=1e-6)
 
 
-@pytest.mark.parametrize(("batch", "others"), [(1, ECHO_MAX), (64, 9.0), (320, 1.0)])
+@pytest.mark.parametrize(("batch", "others"), [(1, ECHO_PER_SAMPLE), (64, 9.0), (320, 1.0)])
 def test_a_step_stands_for_what_others_do_meanwhile_and_no_more_than_its_samples_can(batch: int, others: float) -> None:
     """Of 640 samples. A whole local step on one sample would be mostly noise: with momentum it diverged."""
     bench = Bench(Pride, 2, layout=LAYOUT, batches={"a": batch, "b": 640 - batch})

@@ -40,8 +40,8 @@ LANE_S_PER_ENTRY = 16e-9
 """What a message costs the exchange lane per entry of the model: about four passes over it."""
 LANE_SHARE = 0.2
 """Most of a core that the messages of all links together may take."""
-ECHO_MAX = 32.0
-"""Most others, in our weighed steps, that one own step may stand for: a step of few samples says little about them."""
+ECHO_PER_SAMPLE = 16.0
+"""Most others, in our weighed steps, that each sample of an own step may stand for: one says little of them."""
 SUMMED_PER_STEP = 64
 """Speeds of others added up for each step, at most."""
 SAVINGS_S = 1.0
@@ -287,7 +287,7 @@ class Pride(Estates):
             trusted = ctx.now - self._heard_at.setdefault(key, ctx.now) <= self.trust_steps * ctx.step_s
             if trusted and key[0] in ctx.links:
                 factors[key] = self.speculation * speed
-        most = min(max(1.0 / ctx.share - 1.0, 0.0), ECHO_MAX)
+        most = min(max(1.0 / ctx.share - 1.0, 0.0), ECHO_PER_SAMPLE * max(ctx.batch, 1))
         scale = min(1.0, most / max(sum(factors.values()), most, 1e-9))
         return {key: scale * factor for key, factor in factors.items()}
 
