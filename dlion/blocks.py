@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dlion.selection import Positions, Spectrum
 from dlion.tensors import CHUNK, Flat, Layout, add_scaled
@@ -84,8 +84,7 @@ def block_bytes(encoding: Encoding, size: int, count: int | None = None) -> int:
     return HEADER_BYTES_MAX + value_bytes(encoding, count) + index_bytes(count, size)
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(Struct, frozen=True, eq=False, dict=True):
     """Entries of the range [start, start + size) of a flat buffer, all of them or those at ``indices``."""
 
     start: int

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from dlion.blocks import Block
 from dlion.cut import MARK, Cuts, Part, first_of, frozen, life_of
