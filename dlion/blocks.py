@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from enum import IntEnum
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -103,10 +102,13 @@ class Block(Struct, frozen=True, eq=False, dict=True):
     def count(self) -> int:
         return self.size if self.indices is None else len(self.indices)
 
-    @cached_property
+    @property
     def values(self) -> Flat:
         """What the receiver will add, float32, ``count`` long; the same bits on both sides. Read only."""
-        return self._decoded()
+        kept = vars(self)
+        if (values := kept.get("values")) is None:
+            values = kept["values"] = self._decoded()
+        return values
 
     def _decoded(self) -> Flat:
         if self.encoding is Encoding.F32:
@@ -116,9 +118,11 @@ class Block(Struct, frozen=True, eq=False, dict=True):
         codes = self.codes if self.encoding is Encoding.I8 else _unpack_nibbles(self.codes, self.count)
         values = codes.astype(np.float32)
         whole = len(values) // GROUP
-        rows = values[: whole * GROUP].reshape(whole, GROUP)
-        np.multiply(rows, self.scales[:whole, None], out=rows)
-        values[whole * GROUP :] *= self.scales[whole:]
+        if whole:
+            rows = values[: whole * GROUP].reshape(whole, GROUP)
+            np.multiply(rows, self.scales[:whole, None], out=rows)
+        if whole < len(self.scales):
+            values[whole * GROUP :] *= self.scales[whole]
         return values
 
     @property

@@ -97,8 +97,9 @@ class Spread(Exchange):
         yield from self.spread(values, coverage, ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
-        for span in message.coverage:
-            self._last[span.origin] = max(span.last, self._last.get(span.origin, -1))
+        for who, _, last in message.coverage:
+            if last > self._last.get(who, -1):
+                self._last[who] = last
         for block in message.blocks:
             yield Add(block, self.hear(ctx), message.coverage, message)
             yield from self.spread(block, message.coverage, ctx, message)

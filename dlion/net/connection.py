@@ -17,7 +17,7 @@ from dlion.net.session import NEVER, Buffer, Session
 HEARTBEAT_S = 3.0
 JOIN_BYTES_MAX = 32 * 1024
 """Buffers below this together are joined: one write costs more than the copy."""
-OnMessage = Callable[[int, int, memoryview], None]
+OnMessage = Callable[[int, int, bytes | memoryview], None]
 
 
 class _Ear:
