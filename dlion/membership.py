@@ -137,7 +137,9 @@ class Membership:
         roster, topology = self.roster, self.topology
         fresh, roster.fresh = roster.fresh, {}
         if self._shown == roster.version:
-            ctx.members.update((p, self._member(p)) for p in fresh if p in ctx.members)
+            for peer in fresh:
+                if peer in ctx.members:
+                    ctx.members[peer] = self._member(peer)
             return False
         self._shown = roster.version
         live = roster.live

@@ -174,7 +174,7 @@ class Newcomers:
 
     def pass_on(self, message: Message) -> Iterator[Action]:
         """What was said to us before its sender spoke to our guests itself."""
-        if message.kind not in self._exchange.handed_on:
+        if not self._guests or message.kind not in self._exchange.handed_on:
             return
         fields = {**message.fields, VIA: message.hop}
         for peer, guest in self._guests.items():

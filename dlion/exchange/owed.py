@@ -116,9 +116,8 @@ class Owed:
             self.only = piece
         spans, self._coverage = self._spans, None
         for peer, first, last in coverage:
-            if (before := spans.get(peer)) is not None:
-                first, last = min(first, before[0]), max(last, before[1])
-            spans[peer] = first, last
+            before = spans.get(peer)
+            spans[peer] = (first, last) if before is None else (min(first, before[0]), max(last, before[1]))
 
     def said(self, block: Block, *, keep: bool = True) -> tuple[Span, ...]:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""

@@ -185,7 +185,7 @@ class Spread(Exchange):
         return self.lags(ctx) or any(bool(owed) for (peer, _), owed in self.owed.items() if _link(peer, ctx))
 
     def lags(self, ctx: Context) -> bool:
-        return any(_link(peer, ctx) is not None for _, peer, _ in self._elder)
+        return bool(self._elder) and any(_link(peer, ctx) is not None for _, peer, _ in self._elder)
 
     # -- the machinery -------------------------------------------------------------------------------------------
 
@@ -227,14 +227,17 @@ class Spread(Exchange):
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it: what passes through first, it is older."""
         accounts = list(accounts)
-        yield from self._tell_elder(ctx)
+        if self._elder:
+            yield from self._tell_elder(ctx)
         if self.sums and self._crowded and ctx.now >= self._calm_at:
             gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx, everything)}
             yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
             accounts = [a for a in accounts if a not in gathering]
         for side in (True, False):
             links = [link for peer, passing in accounts if passing is side and (link := _link(peer, ctx)) is not None]
-            yield from self._tell_side(sorted(links, key=lambda k: (-k.rate_bps, k.peer)), side, ctx, everything)
+            if links:
+                links.sort(key=lambda k: (-k.rate_bps, k.peer))
+                yield from self._tell_side(links, side, ctx, everything)
 
     def _tell_elder(self, ctx: Context) -> Iterator[Action]:
         """What goes on by another plan goes first, and all of it: somebody waits for that to be over."""

@@ -136,8 +136,7 @@ class Shaped:
         if departure < math.inf:
             self._busy_s += departure - free
             arrival += self._delay.at(departure)
-        if arrival > self._arrival_s:
-            self._arrival_s = arrival
+        self._arrival_s = max(self._arrival_s, arrival)
         self.written_bytes += nbytes
         self._backlog += nbytes
         self._waiting.append((departure, nbytes))
