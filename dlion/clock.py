@@ -28,7 +28,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         super().__init__()
         self._now = start_s
         self._order = 0
-        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Handle]] = []
         self._failure: BaseException | None = None
         self._clock_resolution = 0.0
         self.set_exception_handler(_record)
@@ -39,9 +39,9 @@ class VirtualLoop(base_events.BaseEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.Handle:
-        handle: Any = _Handle(self._now, callback, args, context)
+        handle = _Handle(self._now, callback, args, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
-        return handle
+        return handle  # type: ignore[return-value]
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -51,10 +51,10 @@ class VirtualLoop(base_events.BaseEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> events.TimerHandle:
-        handle: Any = _Handle(when, callback, args, context)
+        handle = _Handle(when, callback, args, context)
         self._order += 1
         heappush(self._timers, (when if when > self._now else self._now, self._order, handle))
-        return handle
+        return handle  # type: ignore[return-value]
 
     def fail(self, failure: BaseException) -> None:
         """Stop the run with the first ``failure``."""

@@ -336,7 +336,8 @@ class Company:
                 continue
             if record.silent and self.neighbours.connected(record.peer):
                 roster.spoke(record.peer, self.neighbours.connections[record.peer].last_heard)
-            self._turn(roster.hear(record, message.hop, now))
+            if (change := roster.hear(record, message.hop, now)) is not None:
+                self._turn(change)
             if record.silent and roster.hears(record.peer, now):  # let it refute that
                 self._tell_news((record.peer,), [record])
         if self._topology.talk != "mesh":

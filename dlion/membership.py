@@ -188,7 +188,8 @@ class Membership:
         """Samples per second of the living; the same object as long as they are the same."""
         roster = self.roster
         if self._rates[0] != roster.rated:
-            self._rates = roster.rated, {p: roster.records[p].samples_per_s for p in roster.live}
+            records = roster.records
+            self._rates = roster.rated, {p: records[p].samples_per_s for p in roster.live}
         return self._rates[1]
 
     @property

@@ -195,7 +195,8 @@ class Connection:
     def _watch_window(self, now: float) -> None:
         writable_bytes = self.session.writable_bytes()
         if not self._full:
-            self._full, self._full_since = not writable_bytes, now
+            if not writable_bytes:
+                self._full, self._full_since = True, now
         elif writable_bytes >= self.session.chunk_bytes_wanted:
             self._full_s = self.full_s
             self._full = False
