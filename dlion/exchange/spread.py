@@ -197,9 +197,12 @@ class Spread(Exchange):
         if heard is not None:
             came_from, cloud = heard.hop, str(heard.fields["cloud"])
             plan = str(heard.fields.get("plan", "")) if heard.kind == "update" else plan
+        onward = ctx.routes.onward(came_from, cloud, plan)
+        if not onward and not self._elder:
+            return
         piece = Piece(values, heard.origin if heard else ctx.me, ctx.layout.size)
         accounts = []
-        for peer in ctx.routes.onward(came_from, cloud, plan):
+        for peer in onward:
             link = _link(peer, ctx) or ctx.silent.get(peer)
             there = link or ctx.members.get(peer)
             if there is None:
