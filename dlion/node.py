@@ -99,7 +99,7 @@ class Node:
         self._own_pending = False
         self._outcome = Outcome()
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._stopping, self._leaving = "", False
+        self._stopping, self._leaving, self._changed = "", False, asyncio.Event()
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -107,11 +107,10 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._zero = self._loop.time() - self.keeper.zero_s
         self._idle: asyncio.Future[None] = self._loop.create_future()
-        self._changed: asyncio.Future[None] = self._loop.create_future()
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         await self._group.__aenter__()
-        self.company.start(self._spawn, self._put, self._wake)
+        self.company.start(self._spawn, self._put, self._changed.set)
         self._life = self._spawn(self._live())
         return self
 
@@ -153,7 +152,7 @@ class Node:
         """End training after the step under way, then drain. ``leaving``: only we go; else everybody finishes now."""
         if not self._stopping:
             self._stopping, self._leaving = reason, leaving
-            self._wake()
+            self._changed.set()
 
     @property
     def ended(self) -> str:
@@ -202,12 +201,8 @@ class Node:
 
     async def _change(self) -> None:
         """Until anything happened that a waiting loop should look at."""
-        self._changed = self._loop.create_future()
-        await self._changed
-
-    def _wake(self) -> None:
-        if not self._changed.done():
-            self._changed.set_result(None)
+        self._changed.clear()
+        await self._changed.wait()
 
     # -- train loop ---------------------------------------------------------------------------------------------
 
@@ -302,7 +297,7 @@ class Node:
             self._inbox[:0] = outcome.left
             self._own_pending = bool(self._inbox) and any(isinstance(i, OWN) for i in self._inbox)
             self._perform(outcome)
-            self._wake()
+            self._changed.set()
             if outcome.left:
                 await asyncio.sleep(FIRST_S)
 
