@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from dlion.selection import Positions, Spectrum
 from dlion.tensors import CHUNK, Flat, Layout, add_scaled
@@ -84,8 +83,7 @@ def block_bytes(encoding: Encoding, size: int, count: int | None = None) -> int:
     return HEADER_BYTES_MAX + value_bytes(encoding, count) + index_bytes(count, size)
 
 
-@dataclass(frozen=True, eq=False)
-class Block:
+class Block(Struct, frozen=True, eq=False, dict=True):
     """Entries of the range [start, start + size) of a flat buffer, all of them or those at ``indices``."""
 
     start: int
@@ -104,10 +102,13 @@ class Block:
     def count(self) -> int:
         return self.size if self.indices is None else len(self.indices)
 
-    @cached_property
+    @property
     def values(self) -> Flat:
         """What the receiver will add, float32, ``count`` long; the same bits on both sides. Read only."""
-        return self._decoded()
+        kept = vars(self)
+        if (values := kept.get("values")) is None:
+            values = kept["values"] = self._decoded()
+        return values
 
     def _decoded(self) -> Flat:
         if self.encoding is Encoding.F32:
@@ -117,9 +118,11 @@ class Block:
         codes = self.codes if self.encoding is Encoding.I8 else _unpack_nibbles(self.codes, self.count)
         values = codes.astype(np.float32)
         whole = len(values) // GROUP
-        rows = values[: whole * GROUP].reshape(whole, GROUP)
-        np.multiply(rows, self.scales[:whole, None], out=rows)
-        values[whole * GROUP :] *= self.scales[whole:]
+        if whole:
+            rows = values[: whole * GROUP].reshape(whole, GROUP)
+            np.multiply(rows, self.scales[:whole, None], out=rows)
+        if whole < len(self.scales):
+            values[whole * GROUP :] *= self.scales[whole]
         return values
 
     @property

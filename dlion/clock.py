@@ -14,6 +14,8 @@ from contextvars import Context
 from heapq import heappop, heappush
 from typing import Any
 
+from msgspec import Struct
+
 
 class Deadlock(RuntimeError):  # noqa: N818 - the field's name for it
     """The main task waits, and no callback or timer is left that could wake it."""
@@ -26,7 +28,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         super().__init__()
         self._now = start_s
         self._order = 0
-        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._timers: list[tuple[float, int, _Handle]] = []
         self._failure: BaseException | None = None
         self._clock_resolution = 0.0
         self.set_exception_handler(_record)
@@ -39,7 +41,7 @@ class VirtualLoop(base_events.BaseEventLoop):
     ) -> events.Handle:
         handle = _Handle(self._now, callback, args, context)
         self._ready.append(handle)  # type: ignore[attr-defined]
-        return handle
+        return handle  # type: ignore[return-value]
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -52,7 +54,7 @@ class VirtualLoop(base_events.BaseEventLoop):
         handle = _Handle(when, callback, args, context)
         self._order += 1
         heappush(self._timers, (when if when > self._now else self._now, self._order, handle))
-        return handle
+        return handle  # type: ignore[return-value]
 
     def fail(self, failure: BaseException) -> None:
         """Stop the run with the first ``failure``."""
@@ -95,19 +97,21 @@ class VirtualLoop(base_events.BaseEventLoop):
         """There are no file descriptors."""
 
 
-class _Handle(events.TimerHandle):
-    """A callback, made and cancelled in one call each: the base's constructors cost more than most callbacks. One that
-    was given no context runs in the loop's own. Cancelled, it is dropped when its time comes."""
+class _Handle(Struct, eq=False):
+    """Stands for asyncio's TimerHandle, whose constructor costs more than most callbacks. One that was given no context
+    runs in the loop's own. Cancelled, it is dropped when its time comes."""
 
-    __slots__ = ()
+    _when: float
+    _callback: Callable[..., object]
+    _args: Any
+    _context: Context | None
+    _cancelled: bool = False
 
-    def __init__(self, when: float, callback: Callable[..., object], args: Any, context: Context | None) -> None:
-        self._when = when
-        self._callback = callback
-        self._args = args
-        self._context = context
-        self._cancelled = False
-        self._repr = self._source_traceback = None
+    def when(self) -> float:
+        return self._when
+
+    def cancelled(self) -> bool:
+        return self._cancelled
 
     def cancel(self) -> None:
         self._cancelled = True

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dlion.cut import MARK, MARK_FIELDS
-from dlion.exchange.base import Context
+from dlion.exchange.base import Context, LinkView
 from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
@@ -24,6 +24,7 @@ from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, 
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Neighbours
+from dlion.net.connection import Connection
 from dlion.net.link import Dialer
 from dlion.net.session import SessionLimits
 from dlion.newcomers import NEWCOMER_KINDS
@@ -89,6 +90,8 @@ class Company:
         self._carrying: asyncio.TimerHandle | None = None
         self._carry_at = 0.0
         self._parting: asyncio.TimerHandle | None = None
+        self._views: list[tuple[Connection, LinkView]] = []
+        """The links that the strategy sees."""
         self._seen = -1
         """Version of the roster that the lane was last told of."""
         self._spread = -1
@@ -173,23 +176,24 @@ class Company:
         """The strategy's picture of members and links, brought up to date while its lane rests."""
         connections = self.neighbours.connections
         anew = self.membership.show(ctx, connections, (p for p, c in connections.items() if c.connected))
-        for peer, view in chain(ctx.links.items(), ctx.former.items()):
-            connection = connections[peer]
-            if not (connection.moved or anew):
-                continue
-            connection.moved = False
-            view.rate_bps, view.rtt_s = connection.rate_bps, connection.rtt_s
-            view.writable_bytes = connection.writable_bytes
+        if anew:
+            self._views = [(connections[p], view) for p, view in chain(ctx.links.items(), ctx.former.items())]
+        for connection, view in self._views:
+            if connection.moved or anew:
+                connection.moved = False
+                view.rate_bps, view.rtt_s = connection.rate_bps, connection.rtt_s
+                view.writable_bytes = connection.writable_bytes
 
     # -- speaking -----------------------------------------------------------------------------------------------
 
     def say(self, to: tuple[PeerId, ...], body: bytes, message: Message, budgets: tuple[int, ...] = ()) -> None:
         """Hand an encoded message to sessions; never waits."""
+        entries = sum([block.count for block in message.blocks])
         for peer, budget_bytes in zip(to, budgets or (0,) * len(to), strict=True):
             seq = self.neighbours.send(peer, message.stream, body)
             if not seq:
                 self.porch.hold(peer, message)
-            self._journal.sent(peer, seq, len(body), message, budget_bytes)
+            self._journal.sent(peer, seq, len(body), message.kind, entries, budget_bytes)
 
     def tell(self, to: tuple[PeerId, ...], message: Message) -> None:
         """Say one of the node's own kinds."""
@@ -332,7 +336,8 @@ class Company:
                 continue
             if record.silent and self.neighbours.connected(record.peer):
                 roster.spoke(record.peer, self.neighbours.connections[record.peer].last_heard)
-            self._turn(roster.hear(record, message.hop, now))
+            if (change := roster.hear(record, message.hop, now)) is not None:
+                self._turn(change)
             if record.silent and roster.hears(record.peer, now):  # let it refute that
                 self._tell_news((record.peer,), [record])
         if self._topology.talk != "mesh":

@@ -120,6 +120,8 @@ class Farewell:
     def pass_on(self, owes: bool) -> None:
         """Carry last words on: those of who leaves at once, others only while nothing is owed (``owes``) that they must
         stay behind. Those with whom there is no session yet are told when there is."""
+        if not self._open:
+            return
         together: dict[tuple[tuple[PeerId, ...], bool, str], list[PeerId]] = {}
         for word in self._open:
             if word.to is None and (word.leaving or not owes):
@@ -140,6 +142,8 @@ class Farewell:
     def answer(self, lags: bool) -> None:
         """Say goodbye to leavers that nobody behind us needs any more. ``lags``: we still owe what goes by an older
         plan."""
+        if not self._open:
+            return
         for word in self._open:
             if word.over or lags or not self._answered(word):
                 continue

@@ -6,8 +6,9 @@ Law: values only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from dlion.cut import Part
 from dlion.exchange.base import Action, Timer, Update
@@ -16,8 +17,7 @@ from dlion.observe.runlog import Event
 from dlion.tensors import Flat
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """A whole message arrived from ``hop``."""
 
     hop: PeerId
@@ -26,69 +26,59 @@ class Heard:
     body: bytes | memoryview
 
 
-@dataclass(frozen=True)
-class Rest:
+class Rest(Struct, frozen=True):
     """What an own update that is added already still asks for: it goes on beside the next step."""
 
     actions: Iterator[Action]
     step: int
 
 
-@dataclass(frozen=True)
-class Writable:
+class Writable(Struct, frozen=True):
     peer: PeerId
 
 
-@dataclass(frozen=True)
-class Fired:
+class Fired(Struct, frozen=True):
     """A strategy's timer."""
 
     key: str
 
 
-@dataclass(frozen=True)
-class MembersChanged:
+class MembersChanged(Struct, frozen=True):
     """``ctx.members``, ``ctx.links`` or ``ctx.routes`` are new."""
 
 
-@dataclass(frozen=True)
-class Barrier:
+class Barrier(Struct, frozen=True):
     """All updates up to ``step`` (None: all that will ever come) are here: staged additions become visible."""
 
     step: int | None
 
 
-@dataclass(frozen=True)
-class DrainNow:
+class DrainNow(Struct, frozen=True):
     """Training is over here: ask the strategy for what it still owes, from now on after every batch.
 
     Staged additions stay staged, so that the last steps too are summed in the same order everywhere.
     """
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(Struct, frozen=True):
     """Show the weights to ``observer(view, replica)``; neither may be kept."""
 
     observer: Callable[[Flat, Flat], Iterable[Event]]
 
 
-@dataclass(frozen=True)
-class TakeCut:
+class TakeCut(Struct, frozen=True):
     """Start a cut of all peers, unless one is open; ``last``: everybody has drained, so our own state is a part."""
 
     last: bool = False
 
 
-@dataclass(frozen=True)
-class Resume:
+class Resume(Struct, frozen=True):
     """Go on from ``part``: comes before the first step, when all neighbours are there."""
 
     part: Part
 
 
-@dataclass(frozen=True)
-class Enter:
+class Enter(Struct, frozen=True):
     """Come into the run under way behind ``sponsor``, in this life of ours: what it sends is who we are to be.
     ``start``: the weights that everybody began with."""
 
@@ -97,8 +87,7 @@ class Enter:
     start: Flat
 
 
-@dataclass(frozen=True)
-class Renewed:
+class Renewed(Struct, frozen=True):
     """``peer`` lives again: the steps of its former life are not counted on."""
 
     peer: PeerId
@@ -121,8 +110,7 @@ Item = (
 )
 
 
-@dataclass(frozen=True)
-class Entered:
+class Entered(Struct, frozen=True):
     """Where the run is that we came into; or why we could not."""
 
     step: int = 0
@@ -140,18 +128,17 @@ class Spoken(NamedTuple):
     budgets: tuple[int, ...]
 
 
-@dataclass
-class Outcome:
+class Outcome(Struct):
     """What a batch of items asks the loop to do, and what it found."""
 
-    left: list[Item] = field(default_factory=list)
+    left: list[Item] = []
     """Not handled yet: they come next. An own update was added, and the step after it need not wait for them."""
-    sends: list[Spoken] = field(default_factory=list)
-    timers: list[Timer] = field(default_factory=list)
-    notices: list[Message] = field(default_factory=list)
+    sends: list[Spoken] = []
+    timers: list[Timer] = []
+    notices: list[Message] = []
     """Messages of the node's own kinds."""
-    refused: list[tuple[PeerId, str]] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    refused: list[tuple[PeerId, str]] = []
+    events: list[Event] = []
     scanned: int = 0
     """Float32 entries read or written: what the simulation charges for."""
     ready: bool = True

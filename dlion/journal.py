@@ -13,7 +13,7 @@ import numpy as np
 from dlion.learn.trainer import StepResult
 from dlion.mesh.roster import FEW
 from dlion.mesh.topology import Topology
-from dlion.messages import Message, PeerId
+from dlion.messages import PeerId
 from dlion.net.connection import Connection
 from dlion.observe import runlog
 from dlion.observe.meter import Meter
@@ -83,17 +83,16 @@ class Journal:
             )
         )
 
-    def sent(self, to: PeerId, seq: int, nbytes: int, message: Message, budget_bytes: int) -> None:
+    def sent(self, to: PeerId, seq: int, nbytes: int, kind: str, entries: int, budget_bytes: int) -> None:
         """``seq`` 0: there was no session to take it."""
-        entries = sum(block.count for block in message.blocks)
-        self.meter.sent(to, nbytes, entries, message.kind)
-        if seq and message.kind[0] != "~":
+        self.meter.sent(to, nbytes, entries, kind)
+        if seq and kind[0] != "~":
             self._log.write(
                 runlog.Send(
                     t=self._now(),
                     to=to,
                     seq=seq,
-                    kind=message.kind,
+                    kind=kind,
                     budget=budget_bytes,
                     entries=entries,
                     bytes=nbytes,

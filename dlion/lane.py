@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 
 from dlion.blocks import Block
 from dlion.cut import MARK, Cuts, Part, first_of, frozen, life_of
@@ -189,7 +189,8 @@ class Replica:
             return
         self._perform(self.newcomers.pass_on(message), outcome)
         for origin, _, last in message.coverage:
-            self.applied[origin] = max(last, self.applied.get(origin, -1))
+            if last > self.applied.get(origin, -1):
+                self.applied[origin] = last
         self._perform(self.exchange.on_message(message.origin, message, self.ctx), outcome)
 
     def _hear_node(self, message: Message, item: Heard, outcome: Outcome) -> None:
@@ -213,7 +214,7 @@ class Replica:
         """Is it said in the name of anybody who is not in the topology?"""
         peer = message.fields.get("peer")
         named = peer.split(" ") if isinstance(peer, str) else ()
-        for name in (message.origin, message.hop, *named, *(span.origin for span in message.coverage)):
+        for name in (message.origin, message.hop, *named, *[span.origin for span in message.coverage]):
             if name not in peers:
                 return f"{message.kind}: {name[:64]!r} is not in the topology"
         return None

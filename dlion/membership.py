@@ -137,7 +137,9 @@ class Membership:
         roster, topology = self.roster, self.topology
         fresh, roster.fresh = roster.fresh, {}
         if self._shown == roster.version:
-            ctx.members.update((p, self._member(p)) for p in fresh if p in ctx.members)
+            for peer in fresh:
+                if peer in ctx.members:
+                    ctx.members[peer] = self._member(peer)
             return False
         self._shown = roster.version
         live = roster.live
@@ -186,7 +188,8 @@ class Membership:
         """Samples per second of the living; the same object as long as they are the same."""
         roster = self.roster
         if self._rates[0] != roster.rated:
-            self._rates = roster.rated, {p: roster.records[p].samples_per_s for p in roster.live}
+            records = roster.records
+            self._rates = roster.rated, {p: records[p].samples_per_s for p in roster.live}
         return self._rates[1]
 
     @property

@@ -6,7 +6,6 @@ Law: frozen values only; no bytes, no sockets, no clock. ``wire`` turns these in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, NewType
 
@@ -37,8 +36,7 @@ class Span(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True, eq=False)
-class Message:
+class Message(msgspec.Struct, frozen=True, eq=False):
     """One thing said. A strategy fills in what it means; the node adds who said it (origin, hop, seq).
 
     ``origin`` made the message, ``hop`` passed it over the last link, ``seq`` is its number in that hop's session.
@@ -49,7 +47,7 @@ class Message:
     kind: str
     step: int = 0
     epoch: int = 0
-    fields: Mapping[str, Scalar] = field(default_factory=dict)
+    fields: Mapping[str, Scalar] = {}
     blocks: tuple[Block, ...] = ()
     coverage: tuple[Span, ...] = ()
     stream: Stream = Stream.UPDATE

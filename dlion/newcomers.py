@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 
 from dlion.blocks import Block, Encoding, dense
 from dlion.exchange.base import Action, Context, Exchange, Send
@@ -173,7 +174,7 @@ class Newcomers:
 
     def pass_on(self, message: Message) -> Iterator[Action]:
         """What was said to us before its sender spoke to our guests itself."""
-        if message.kind not in self._exchange.handed_on:
+        if not self._guests or message.kind not in self._exchange.handed_on:
             return
         fields = {**message.fields, VIA: message.hop}
         for peer, guest in self._guests.items():

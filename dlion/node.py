@@ -298,7 +298,7 @@ class Node:
             )
             self._busy = False
             self._inbox[:0] = outcome.left
-            self._own_pending = any(isinstance(i, OWN) for i in self._inbox)
+            self._own_pending = bool(self._inbox) and any(isinstance(i, OWN) for i in self._inbox)
             self._perform(outcome)
             self._changed.set()
             if outcome.left:

@@ -163,6 +163,7 @@ def held_bytes(root: object) -> int:
             waiting.extend(each.values())
         elif isinstance(each, Collection):
             waiting.extend(each)
-        elif hasattr(each, "__dict__"):
-            waiting.extend(vars(each).values())
+        else:
+            waiting.extend(getattr(each, "__dict__", {}).values())
+            waiting.extend(getattr(each, name) for name in getattr(each, "__struct_fields__", ()))
     return sum(found.values())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import deque
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from dlion.checkpoint import CheckpointStore
 from dlion.cli.keep import to_checkpoint

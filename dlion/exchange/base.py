@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+from msgspec import Struct
 
 from dlion.blocks import Block
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat, Layout, held_bytes
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(Struct, frozen=True):
     """Say ``message`` to the neighbours ``to``. Encoded once however many they are.
 
     Never waits and is never lost: look at ``LinkView.writable_bytes`` first, and keep what does not fit as owed.
@@ -30,8 +30,7 @@ class Send:
     """How many bytes each of ``to`` was allowed, for the run log; () = the strategy sets no budgets."""
 
 
-@dataclass(frozen=True)
-class Add:
+class Add(Struct, frozen=True):
     """weights += scale * values: the only door to the weights.
 
     ``values`` is a flat array of the whole model or a Block. ``coverage`` says whose steps these are: it feeds the
@@ -46,8 +45,7 @@ class Add:
     """The message heard that caused this, None for the peer's own doing."""
 
 
-@dataclass(frozen=True)
-class Timer:
+class Timer(Struct, frozen=True):
     """Call ``on_timer(key)`` at time ``at`` (seconds, as ``ctx.now``). A later one of the same key replaces it."""
 
     at: float
@@ -59,8 +57,7 @@ Speech = Mapping[str, Mapping[str, type]]
 """Message kinds, each with its fields and their types."""
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(Struct, frozen=True):
     """What one local step produced.
 
     ``values``: flat float32, this strategy's own from now on (the trainer does not touch it again): the optimizer's
@@ -68,7 +65,7 @@ class Update:
     """
 
     step: int
-    values: Flat = field(repr=False)
+    values: Flat
     loss: float
     samples: int
     learning_rate: float

@@ -72,6 +72,7 @@ class Owed:
         self._whole: Block | None = None
         """What ``everything`` gave last."""
         self._spans: dict[PeerId, tuple[int, int]] = {}
+        self._coverage: tuple[Span, ...] | None = ()
 
     def __bool__(self) -> bool:
         return self.only is not None or self._sum is not None
@@ -84,10 +85,12 @@ class Owed:
     @property
     def coverage(self) -> tuple[Span, ...]:
         """Whose steps were added since they were last named; of many, those whose turn it is."""
-        named: Iterable[tuple[PeerId, tuple[int, int]]] = self._spans.items()
-        if len(self._spans) > SPANS_MAX:
-            named = islice(named, max(SPANS_MAX, -(-len(self._spans) // 4) if self.awaited else 0))
-        return tuple(Span(peer, first, last) for peer, (first, last) in sorted(named))
+        if self._coverage is None:
+            named: Iterable[tuple[PeerId, tuple[int, int]]] = self._spans.items()
+            if len(self._spans) > SPANS_MAX:
+                named = islice(named, max(SPANS_MAX, -(-len(self._spans) // 4) if self.awaited else 0))
+            self._coverage = tuple([Span(peer, first, last) for peer, (first, last) in sorted(named)])
+        return self._coverage
 
     @property
     def flat(self) -> Flat:
@@ -111,13 +114,14 @@ class Owed:
             _add(self.flat, piece.values)
         else:
             self.only = piece
+        spans, self._coverage = self._spans, None
         for peer, first, last in coverage:
-            before = self._spans.get(peer, (first, last))
-            self._spans[peer] = (min(first, before[0]), max(last, before[1]))
+            before = spans.get(peer)
+            spans[peer] = (first, last) if before is None else (min(first, before[0]), max(last, before[1]))
 
     def said(self, block: Block, *, keep: bool = True) -> tuple[Span, ...]:
         """``block`` goes out: subtract it, or forget the rest too unless ``keep``. Returns the coverage to name."""
-        coverage = self.coverage
+        coverage, self._coverage = self.coverage, None
         self.unsaid = max(0, self.unsaid - block.count)
         for span in coverage:
             del self._spans[span.origin]
@@ -146,6 +150,7 @@ class Owed:
         """Nothing is owed any more, nor to be named."""
         self._settle()
         self._spans.clear()
+        self._coverage = None
 
     def _settle(self) -> None:
         self.only = self._sum = self._whole = None
@@ -157,7 +162,7 @@ class Owed:
         made.only, made.cursor, made.cloud = self.only, self.cursor, self.cloud
         made.unsaid = self.size if self else 0
         made._sum = None if self._sum is None else self._sum.copy()
-        made._spans = dict(self._spans)
+        made._spans, made._coverage = dict(self._spans), None
         return made
 
     def state(self) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Owed:
         if state["sum"] is not None:
             held = state["sum"]
             made.only = Piece(held if isinstance(held, Block) else np.array(held, dtype=np.float32), me, size)
-        made._spans, made.cursor = dict(state["spans"]), tuple(state["cursor"])
+        made._spans, made._coverage, made.cursor = dict(state["spans"]), None, tuple(state["cursor"])
         made.unsaid, made.cloud = state["unsaid"], state["cloud"]
         return made
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from dlion.exchange.base import Context, Send
@@ -72,6 +73,8 @@ class Parts:
         self._dead: dict[PeerId, int] = {}
         self.unseen: set[PeerId] = set()
         """Whose lives have ended, as others say, that we never saw; for the caller to look at and to empty."""
+        self._lacking = PeerId("")
+        """Whose word was missing when a round was last looked at: of very many, most likely still."""
         self.outbox = Outbox()
 
     def setup(self, ctx: Context) -> None:
@@ -104,15 +107,16 @@ class Parts:
 
     def complete(self, number: int, ctx: Context) -> bool:
         """Is here what every living member said, or its micro-cloud's sum, and all that survivors had of the dead?"""
-        if ctx.routes.mesh:
-            here = all(("part", number, peer, "") in self._known for peer in ctx.members)
-        else:
-            here = all(("sum", number, member.cloud, "") in self._known for member in ctx.members.values())
-        return here and self._settled(ctx)
+        known, mesh, lacking = self._known, ctx.routes.mesh, ctx.members.get(self._lacking)
+        for member in chain(() if lacking is None else (lacking,), ctx.members.values()):
+            if (("part", number, member.peer, "") if mesh else ("sum", number, member.cloud, "")) not in known:
+                self._lacking = member.peer
+                return False
+        return self._settled(ctx)
 
     def to_sum(self, number: int, ctx: Context) -> list[Message]:
         """The parts of our micro-cloud, in order of their origins, when it is for us to make their sum; else []."""
-        if ctx.routes.mesh or ctx.me != spokesman(ctx) or ("sum", number, ctx.cloud, "") in self._known:
+        if ctx.routes.mesh or ("sum", number, ctx.cloud, "") in self._known or ctx.me != spokesman(ctx):
             return []
         here = all(("part", number, peer, "") in self._known for peer in _mates(ctx))
         return self._of("part", number) if here and self._settled(ctx) else []

@@ -15,10 +15,10 @@ is met like that: it begins with its sponsor's anchor, and takes part from the e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
+from msgspec.structs import replace
 
 from dlion.blocks import Block, Encoding, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update

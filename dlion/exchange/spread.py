@@ -97,8 +97,9 @@ class Spread(Exchange):
         yield from self.spread(values, coverage, ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
-        for span in message.coverage:
-            self._last[span.origin] = max(span.last, self._last.get(span.origin, -1))
+        for who, _, last in message.coverage:
+            if last > self._last.get(who, -1):
+                self._last[who] = last
         for block in message.blocks:
             yield Add(block, self.hear(ctx), message.coverage, message)
             yield from self.spread(block, message.coverage, ctx, message)
@@ -184,7 +185,7 @@ class Spread(Exchange):
         return self.lags(ctx) or any(bool(owed) for (peer, _), owed in self.owed.items() if _link(peer, ctx))
 
     def lags(self, ctx: Context) -> bool:
-        return any(_link(peer, ctx) is not None for _, peer, _ in self._elder)
+        return bool(self._elder) and any(_link(peer, ctx) is not None for _, peer, _ in self._elder)
 
     # -- the machinery -------------------------------------------------------------------------------------------
 
@@ -196,9 +197,12 @@ class Spread(Exchange):
         if heard is not None:
             came_from, cloud = heard.hop, str(heard.fields["cloud"])
             plan = str(heard.fields.get("plan", "")) if heard.kind == "update" else plan
+        onward = ctx.routes.onward(came_from, cloud, plan)
+        if not onward and not self._elder:
+            return
         piece = Piece(values, heard.origin if heard else ctx.me, ctx.layout.size)
         accounts = []
-        for peer in ctx.routes.onward(came_from, cloud, plan):
+        for peer in onward:
             link = _link(peer, ctx) or ctx.silent.get(peer)
             there = link or ctx.members.get(peer)
             if there is None:
@@ -226,14 +230,17 @@ class Spread(Exchange):
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         """Say something on each account whose link can take it: what passes through first, it is older."""
         accounts = list(accounts)
-        yield from self._tell_elder(ctx)
+        if self._elder:
+            yield from self._tell_elder(ctx)
         if self.sums and self._crowded and ctx.now >= self._calm_at:
             gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx, everything)}
             yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
             accounts = [a for a in accounts if a not in gathering]
         for side in (True, False):
             links = [link for peer, passing in accounts if passing is side and (link := _link(peer, ctx)) is not None]
-            yield from self._tell_side(sorted(links, key=lambda k: (-k.rate_bps, k.peer)), side, ctx, everything)
+            if links:
+                links.sort(key=lambda k: (-k.rate_bps, k.peer))
+                yield from self._tell_side(links, side, ctx, everything)
 
     def _tell_elder(self, ctx: Context) -> Iterator[Action]:
         """What goes on by another plan goes first, and all of it: somebody waits for that to be over."""

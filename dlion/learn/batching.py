@@ -230,10 +230,11 @@ class Weighted:
         if rates is self._told:
             return
         self._told = rates
-        self._rates = {peer: rates.get(peer, 0.0) for peer in sorted({*rates, self._me})}
+        peers = sorted(rates if self._me in rates else [*rates, self._me])  # in order as they come
+        self._rates = {peer: rates.get(peer, 0.0) for peer in peers}
         told = [rate for rate in self._rates.values() if 0 < rate < math.inf]
         self._rated, self._sum = len(told), math.fsum(told)
-        self._known = (*self._rates, *(peer for peer, rate in self._rates.items() if rate > 0))
+        self._known = (*peers, *[peer for peer in peers if self._rates[peer] > 0])
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: when the run began, and how long our steps took."""

@@ -98,7 +98,7 @@ class Trainer:
         rate = self._schedule(global_samples)
         gradient = np.empty(self.workload.layout.size, dtype=np.float32)
         loss = self.workload.gradient(snapshot, indices, gradient)
-        if not isinstance(loss, SupportsFloat):
+        if not isinstance(loss, (float, SupportsFloat)):
             raise TypeError(f"{type(self.workload).__name__}.gradient: expected the mean loss as result, got {loss!r}")
         values = self._optimizer.step(gradient, snapshot, rate)
         return StepResult(values, loss, batch, rate, cursor)

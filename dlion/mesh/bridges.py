@@ -50,14 +50,17 @@ class Plan:
         if me not in self.mates or (self.mesh and came_from is not None):
             return ()
         home = self.cloud_of[me]
-        far_ends = self._far_ends(me)
+        from_mate = came_from is not None and self.cloud_of.get(came_from) == home
         if self.towards is None:
-            over = far_ends if origin_cloud == home else {}
+            behind = None if origin_cloud == home else origin_cloud
         else:
             behind = self.towards.get((home, origin_cloud), self.cloud_of.get(came_from or me))
-            over = {cloud: peer for cloud, peer in far_ends.items() if cloud != behind}
-        from_mate = came_from is not None and self.cloud_of.get(came_from) == home
-        return tuple(sorted({*(() if from_mate else self.mates[me]), *over.values()}))
+        key = me, from_mate, behind
+        if (found := self._onward.get(key)) is None:
+            ends = self._far_ends(me).items()
+            over = {p for cloud, p in ends if (behind is None if self.towards is None else cloud != behind)}
+            found = self._onward[key] = tuple(sorted({*(() if from_mate else self.mates[me]), *over}))
+        return found
 
     def downstream(self, me: PeerId, came_from: PeerId, origin_cloud: str) -> frozenset[Pair]:
         """All links over which an update of ``origin_cloud`` goes on from ``me``, to which ``came_from`` said it."""
@@ -82,6 +85,11 @@ class Plan:
     @cached_property
     def _neighbours(self) -> dict[PeerId, tuple[PeerId, ...]]:
         """``neighbours`` of those who were asked for."""
+        return {}
+
+    @cached_property
+    def _onward(self) -> dict[tuple[PeerId, bool, str | None], tuple[PeerId, ...]]:
+        """``onward`` of those who were asked for: whom of their mates and bridges it leaves out."""
         return {}
 
     @cached_property

@@ -58,7 +58,7 @@ class Received(NamedTuple):
 
     stream: int
     seq: int
-    body: memoryview
+    body: bytes | memoryview
 
 
 Frame = tuple[int, int, int, int, int]
@@ -123,7 +123,7 @@ class ChunkReader:
         if left and self._start:
             self._space[:left] = bytes(self._space[self._start : self._end])
         self._start, self._end = 0, left
-        return self._space[left:]
+        return self._space[left:] if left else self._space
 
     def buffer_updated(self, nbytes: int) -> None:
         """``nbytes`` arrived in the last buffer. Raises ProtocolError."""
@@ -179,7 +179,7 @@ class ChunkReader:
         stream.count += 1
         self.arrived_bytes += nbytes
         self.chunk_ended = True
-        self.messages.append(Received(index, stream.count, memoryview(self._space[body:end].tobytes())))
+        self.messages.append(Received(index, stream.count, self._space[body:end].tobytes()))
         return True
 
     def _payload(self) -> bool:

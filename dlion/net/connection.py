@@ -17,7 +17,7 @@ from dlion.net.session import NEVER, Buffer, Session
 HEARTBEAT_S = 3.0
 JOIN_BYTES_MAX = 32 * 1024
 """Buffers below this together are joined: one write costs more than the copy."""
-OnMessage = Callable[[int, int, memoryview], None]
+OnMessage = Callable[[int, int, bytes | memoryview], None]
 
 
 class _Ear:
@@ -195,7 +195,8 @@ class Connection:
     def _watch_window(self, now: float) -> None:
         writable_bytes = self.session.writable_bytes()
         if not self._full:
-            self._full, self._full_since = not writable_bytes, now
+            if not writable_bytes:
+                self._full, self._full_since = True, now
         elif writable_bytes >= self.session.chunk_bytes_wanted:
             self._full_s = self.full_s
             self._full = False

@@ -62,9 +62,12 @@ class Dialer(Protocol):
 def feed(receiver: Receiver, data: bytes | bytearray | memoryview) -> None:
     """Hand ``data`` to a receiver through its own buffers (what a memory pipe and a test do)."""
     view = memoryview(data)
-    while view.nbytes:
-        place = receiver.get_buffer(view.nbytes)
-        taken = min(place.nbytes, view.nbytes)
-        place[:taken] = view[:taken]
-        receiver.buffer_updated(taken)
-        view = view[taken:]
+    while left := view.nbytes:
+        place = receiver.get_buffer(left)
+        if (room := place.nbytes) >= left:
+            place[:left] = view
+            receiver.buffer_updated(left)
+            return
+        place[:] = view[:room]
+        receiver.buffer_updated(room)
+        view = view[room:]

@@ -272,7 +272,8 @@ class Session:
             reader.frames.clear()
             for ticks, arrived in news.items():
                 self.estimate.acked(now, arrived.nbytes, arrived.flight, arrived.held * HELD_UNIT_S, ticks)
-            self._tune()
+            if news:
+                self._tune()
         self._owe_ack(now)
         return self.take_messages()
 
@@ -310,6 +311,7 @@ class Session:
             if offset == self._ping:
                 self._ping = None
                 self.estimate.pinged(now - offset / MICROSECONDS)
+                self._tune()
         else:
             self.peer_bye = Bye(value) if value in Bye._value2member_map_ else value
 
@@ -319,8 +321,10 @@ class Session:
         """The estimate has changed: so do window and chunk."""
         limits, estimate = self.limits, self.estimate
         least = 2 * limits.chunk_bytes_min if estimate.proven else limits.window_bytes_initial
-        self.window_bytes = int(min(max(estimate.window_bytes(), least), limits.unacked_bytes_max))
-        self.chunk_bytes = int(min(max(estimate.rate * limits.chunk_s, limits.chunk_bytes_min), limits.chunk_bytes_max))
+        window, most = estimate.window_bytes(), limits.unacked_bytes_max
+        self.window_bytes = int(window if least < window < most else min(max(window, least), most))
+        chunk, smallest, largest = estimate.rate * limits.chunk_s, limits.chunk_bytes_min, limits.chunk_bytes_max
+        self.chunk_bytes = int(chunk if smallest < chunk < largest else min(max(chunk, smallest), largest))
 
     def _recount(self) -> None:
         """A stream has moved by what the other end says."""

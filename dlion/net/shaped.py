@@ -128,13 +128,15 @@ class Shaped:
             return
         now = self._now()
         nbytes = data.nbytes if isinstance(data, memoryview) else len(data)
-        free = self._departure_s if self._departure_s > now else now
-        departure = free
+        departure = free = self._departure_s if self._departure_s > now else now
         for bottleneck in self._crosses:
-            departure = max(departure, bottleneck.reserve(now, nbytes))
-        self._departure_s = departure
-        self._busy_s += departure - free if departure < math.inf else 0.0
-        self._arrival_s = max(self._arrival_s, departure + (self._delay.at(departure) if departure < math.inf else 0.0))
+            if (through := bottleneck.reserve(now, nbytes)) > departure:
+                departure = through
+        self._departure_s = arrival = departure
+        if departure < math.inf:
+            self._busy_s += departure - free
+            arrival += self._delay.at(departure)
+        self._arrival_s = max(self._arrival_s, arrival)
         self.written_bytes += nbytes
         self._backlog += nbytes
         self._waiting.append((departure, nbytes))

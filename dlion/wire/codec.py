@@ -40,6 +40,8 @@ CODE_MAX = 128
 """Largest magnitude of an integer code."""
 VALUE_MAX = 1e30
 """No larger magnitude is accepted: finite as it is, a few of them would make the weights infinite."""
+SCALE_BITS_MAX = np.float32(VALUE_MAX / CODE_MAX).view(np.uint32)
+"""Of the largest scale: bits of floats >= 0 order as integers do; those of others, and of NaN, are larger."""
 NOBODY = PeerId("")
 
 SPARSE, ZSTD = 1, 2
@@ -250,7 +252,7 @@ def _read_block(head: _Header, data: bytes | bytearray | memoryview, at: int) ->
     else:
         groups = -(-count // GROUP)
         scales = _view(source, np.float32, groups, offset)
-        if groups and not (scales.min() >= 0 and scales.max() <= VALUE_MAX / CODE_MAX):
+        if groups and np.maximum.reduce(scales.view(np.uint32)) > SCALE_BITS_MAX:
             raise Malformed("a scale is negative, too large or not a number")
         if encoding is Encoding.I8:
             codes = _view(source, np.int8, count, offset + 4 * groups)
