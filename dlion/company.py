@@ -27,8 +27,9 @@ from dlion.neighbours import Neighbours
 from dlion.net.link import Dialer
 from dlion.net.session import SessionLimits
 from dlion.newcomers import NEWCOMER_KINDS
-from dlion.porch import LATE_S, Alone, Porch, Unwanted
+from dlion.porch import LATE_S, Porch
 from dlion.seams import NodeSettings
+from dlion.startline import StartLine
 from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
 
@@ -82,7 +83,6 @@ class Company:
         self._settings = settings
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
-        self._refusers: dict[PeerId, str] = {}
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
@@ -102,6 +102,7 @@ class Company:
             self._hand_over,
             afresh=self._early.clear,
         )
+        self.start_line = StartLine(self.membership, self.neighbours, self.porch, self._turn, settings.start_wait_s)
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -118,37 +119,6 @@ class Company:
 
     def _hand_over(self, item: Item) -> None:
         self._put(item)
-
-    async def gather(self, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Wait for all neighbours, at most ``start_wait_s``, or until one says that the run is under way; from then on
-        newcomers need a sponsor. Who was there and fell silent is not waited for.
-
-        Raises Alone when there should be neighbours and none was ever there, Unwanted when all refused us.
-        """
-        membership, neighbours, states = self.membership, self.neighbours, self.membership.roster.states
-
-        def awaited() -> list[PeerId]:
-            return [p for p in membership.neighbours if not (neighbours.connected(p) or states[p] is State.SILENT)]
-
-        neighbours.want(membership.neighbours)
-        missing: list[PeerId] = []
-        try:
-            async with asyncio.timeout(self._settings.start_wait_s):
-                while not (stopping() or self.porch.under_way or not awaited()):
-                    await change()
-        except TimeoutError:
-            missing = awaited()
-            if len(missing) == len(membership.neighbours):
-                waited = f"within {self._settings.start_wait_s:g} s"
-                tried = ", ".join(missing) + "".join([f"; refused: {why}" for why in self._refusers.values()][-1:])
-                alone = Unwanted if self._refusers.keys() >= {*missing} else Alone
-                raise alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
-        silent = frozenset(p for p, state in states.items() if state is State.SILENT)
-        membership.lost = frozenset() if self.porch.under_way else silent  # who comes late tells nobody who is there
-        if self.porch.under_way:
-            return
-        neighbours.open_to_new = False
-        self._turn(*self.membership.roster.presume(asyncio.get_running_loop().time(), missing))
 
     def begin(self, end: float | None) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
@@ -200,7 +170,7 @@ class Company:
     def gossip(self, **own: int | float) -> None:
         """Tell each neighbour our own record, if it is time to, and those that it hears only through us; else they
         wait for more of their kind."""
-        if self.neighbours.sponsor is not None:
+        if self.neighbours.door.sponsor is not None:
             return
         if self.membership.roster.beat(asyncio.get_running_loop().time(), **own) or self._carrying is None:
             self._spread_news()
@@ -246,7 +216,8 @@ class Company:
     def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         self._journal.meter.received(peer, len(body))
         item = Heard(peer, stream, seq, body)
-        if self._begun or stream == Stream.CONTROL or (stream == Stream.BULK and self.neighbours.sponsor is not None):
+        coming = self.neighbours.door.sponsor is not None
+        if self._begun or stream == Stream.CONTROL or (stream == Stream.BULK and coming):
             self._put(item)
         else:
             self._early.append(item)
@@ -284,7 +255,7 @@ class Company:
     def refused(self, peer: PeerId, reason: str) -> None:
         self._journal.refused(peer, reason)
         if peer in self._topology.peers:  # else a stranger claims to be called so
-            self._refusers[peer] = reason[:REASON_CHARS_MAX]
+            self.start_line.refusers[peer] = reason[:REASON_CHARS_MAX]
             self.porch.refused(peer, reason, begun=self._begun)
             self._wake()
 
@@ -386,7 +357,7 @@ class Company:
         self.lags = True  # until the lane has looked
         if any(change.state is State.SILENT for change in changes):
             self._spread_news()
-        if self.neighbours.sponsor is None:
+        if self.neighbours.door.sponsor is None:
             self.neighbours.want(self.membership.sought)
         if self._seen != self.membership.roster.version:
             self._seen = self.membership.roster.version

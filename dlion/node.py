@@ -170,7 +170,7 @@ class Node:
     async def _live(self) -> None:
         running = [self._spawn(self._tick()), self._spawn(self._exchange())]
         self.state = "joining"
-        await self.company.gather(lambda: bool(self._stopping), self._change)
+        await self.company.start_line.gather(lambda: bool(self._stopping), self._change)
         if self.company.porch.under_way and not self._stopping:
             start, stopping = self.keeper.start_over(), lambda: bool(self._stopping)
             entered = await self.company.porch.enter(start, self.settings.start_wait_s, stopping, self._change)

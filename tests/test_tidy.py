@@ -34,6 +34,7 @@ WORLD = (
 NODE = (
     "node",
     "company",
+    "door",
     "farewell",
     "identity",
     "items",
@@ -47,6 +48,7 @@ NODE = (
     "passages",
     "porch",
     "seams",
+    "startline",
 )
 """The files between which the node is divided."""
 SHARED = ("base", "estates", "pace", "owed", "spread", "rounds", "parts")
