@@ -19,6 +19,7 @@ from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
+from dlion.lastview import FINAL_KINDS, LastView, until
 from dlion.membership import Membership
 from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
@@ -40,6 +41,7 @@ NODE_KINDS: Kinds = {
     "~refused": {"reason": str},
     MARK: MARK_FIELDS,
     **NEWCOMER_KINDS,
+    **FINAL_KINDS,
 }
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
@@ -74,6 +76,7 @@ class Company:
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
         self.neighbours.ways = self.membership.ways_to
         self.farewell = Farewell(self.membership, self.neighbours.connections, self.tell)
+        self.last_view = LastView(self.membership, self.farewell)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
         self.lags = False
@@ -200,6 +203,20 @@ class Company:
         self.farewell.pass_on(True)
         self.farewell.answer(self.lags)
 
+    async def take_leave(self, leaving: bool, occupied: Callable[[], bool]) -> None:
+        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view."""
+
+        roster, loop = self.membership.roster, asyncio.get_running_loop()
+        redialled_s = 0.0 if leaving or self._topology.talk == "mesh" else self._settings.lost_after_s
+
+        def done() -> bool:  # with a bridge all beyond it seem silent, until another one is there
+            return self.all_said(leaving) and not occupied() and loop.time() >= roster.missed_at + redialled_s
+
+        self.farewell.say(leaving)
+        await until(done)
+        if not leaving:
+            await self.last_view.agree(self._put, done)
+
     def all_said(self, leaving: bool) -> bool:
         """Has everybody heard us, and (unless we leave the others to go on) said a last word?"""
         self.farewell.pass_on(self.owes)
@@ -287,6 +304,9 @@ class Company:
                     self._parting = asyncio.get_running_loop().call_later(TOGETHER_S, self._pass_on_together)
             case "~bye":
                 self.farewell.bye(message)
+            case "~final":
+                if why := self.last_view.hear(message):
+                    self.refuse(message.hop, why)
             case "~refused":
                 self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
 

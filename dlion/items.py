@@ -104,6 +104,14 @@ class Renewed:
     peer: PeerId
 
 
+@dataclass(frozen=True)
+class Conclude:
+    """Take over the view in ``message`` (None: ours is the one), tell it to those, and hear nothing more."""
+
+    message: Message | None
+    to: tuple[PeerId, ...]
+
+
 Item = (
     Update
     | Rest
@@ -118,6 +126,7 @@ Item = (
     | Resume
     | Enter
     | Renewed
+    | Conclude
 )
 
 

@@ -71,6 +71,7 @@ class Node:
         )
         self._phase, rng = float(chance[2].generate_state(1)[0]) / 2**32, np.random.default_rng(chance[1])
         self.company = Company(identity, topology, s, seams.dialer, session_limits, rng, self.journal)
+        self.company.last_view.size = workload.layout.size * exchange.last_view
         self.membership, self.neighbours = self.company.membership, self.company.neighbours
         self.keeper = Keeper(seams, s.checkpoint_every_s, self.membership, learner)
         self.step, self.meter.samples = self.keeper.begun
@@ -380,17 +381,18 @@ class Node:
                 await self._settle()
                 while self._outcome.owes or (self.company.farewell.parting and not self._leaving):
                     await self._change()
-                self.company.farewell.say(self._leaving)
-                while not self.company.all_said(self._leaving) or self._outcome.owes or self._inbox or self._busy:  # noqa: ASYNC110 - acknowledgements wake nobody
-                    await asyncio.sleep(0.02)
+                await self.company.take_leave(self._leaving, self._occupied)
         except TimeoutError:
-            self._stopping += " (drain cut short)"
+            self._stopping += f" (drain cut short{self.company.last_view.lack})"
         self._put(Barrier(None))
         if self.keeper.able and not self._leaving and "cut short" not in self._stopping:
             self._put(TakeCut(last=True))
         self._look()
         await self._settle()
         self.company.close()
+
+    def _occupied(self) -> bool:
+        return self._outcome.owes or bool(self._inbox) or self._busy
 
     async def _settle(self) -> None:
         """Until the lane has taken all that is in the inbox."""

@@ -41,6 +41,7 @@ NODE = (
     "journal",
     "keeper",
     "lane",
+    "lastview",
     "membership",
     "neighbours",
     "newcomers",
