@@ -74,9 +74,13 @@ class LastView:
         self._heard = message
         return ""
 
+    def _ended_before_us(self) -> bool:
+        """Is the first silent by now, and nothing of its view here? It had no reason to say one, or died."""
+        return self._heard is None and self._membership.roster.states[self.first] is State.SILENT
+
     async def agree(self, put: Callable[[Item], None], all_said: Callable[[], bool]) -> None:
         """When all is said: say our view, or take over that of the first; then wait until it was heard."""
-        if not self.due:
+        if not self.due or self._ended_before_us():
             return
         first, me, self._awaits = self.first, self._membership.me, True
         await until(lambda: all_said() and (first == me or (self._heard is not None and self._heard.origin == first)))
