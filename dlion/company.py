@@ -19,6 +19,7 @@ from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
+from dlion.lastview import FINAL_KINDS, LastView, until
 from dlion.membership import Membership
 from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
 from dlion.mesh.topology import Topology
@@ -28,8 +29,9 @@ from dlion.net.connection import Connection
 from dlion.net.link import Dialer
 from dlion.net.session import SessionLimits
 from dlion.newcomers import NEWCOMER_KINDS
-from dlion.porch import LATE_S, Alone, Porch, Unwanted
+from dlion.porch import LATE_S, Porch
 from dlion.seams import NodeSettings
+from dlion.startline import StartLine
 from dlion.wire.admit import Kinds
 from dlion.wire.codec import encode
 
@@ -40,6 +42,7 @@ NODE_KINDS: Kinds = {
     "~refused": {"reason": str},
     MARK: MARK_FIELDS,
     **NEWCOMER_KINDS,
+    **FINAL_KINDS,
 }
 """What nodes say to each other beside their strategies."""
 REASON_CHARS_MAX = 200
@@ -74,6 +77,7 @@ class Company:
         self.neighbours = Neighbours(identity, topology.peers, self, dialer, limits, settings.dial, rng)
         self.neighbours.ways = self.membership.ways_to
         self.farewell = Farewell(self.membership, self.neighbours.connections, self.tell)
+        self.last_view = LastView(self.membership, self.farewell)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
         self.lags = False
@@ -83,7 +87,6 @@ class Company:
         self._settings = settings
         self._journal = journal
         self._refusals: dict[PeerId, int] = {}
-        self._refusers: dict[PeerId, str] = {}
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
@@ -105,6 +108,7 @@ class Company:
             self._hand_over,
             afresh=self._early.clear,
         )
+        self.start_line = StartLine(self.membership, self.neighbours, self.porch, self._turn, settings.start_wait_s)
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -121,37 +125,6 @@ class Company:
 
     def _hand_over(self, item: Item) -> None:
         self._put(item)
-
-    async def gather(self, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Wait for all neighbours, at most ``start_wait_s``, or until one says that the run is under way; from then on
-        newcomers need a sponsor. Who was there and fell silent is not waited for.
-
-        Raises Alone when there should be neighbours and none was ever there, Unwanted when all refused us.
-        """
-        membership, neighbours, states = self.membership, self.neighbours, self.membership.roster.states
-
-        def awaited() -> list[PeerId]:
-            return [p for p in membership.neighbours if not (neighbours.connected(p) or states[p] is State.SILENT)]
-
-        neighbours.want(membership.neighbours)
-        missing: list[PeerId] = []
-        try:
-            async with asyncio.timeout(self._settings.start_wait_s):
-                while not (stopping() or self.porch.under_way or not awaited()):
-                    await change()
-        except TimeoutError:
-            missing = awaited()
-            if len(missing) == len(membership.neighbours):
-                waited = f"within {self._settings.start_wait_s:g} s"
-                tried = ", ".join(missing) + "".join([f"; refused: {why}" for why in self._refusers.values()][-1:])
-                alone = Unwanted if self._refusers.keys() >= {*missing} else Alone
-                raise alone(f"{self._me}: no peer reachable {waited}, tried {tried}") from None
-        silent = frozenset(p for p, state in states.items() if state is State.SILENT)
-        membership.lost = frozenset() if self.porch.under_way else silent  # who comes late tells nobody who is there
-        if self.porch.under_way:
-            return
-        neighbours.open_to_new = False
-        self._turn(*self.membership.roster.presume(asyncio.get_running_loop().time(), missing))
 
     def begin(self, end: float | None) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
@@ -204,7 +177,7 @@ class Company:
     def gossip(self, **own: int | float) -> None:
         """Tell each neighbour our own record, if it is time to, and those that it hears only through us; else they
         wait for more of their kind."""
-        if self.neighbours.sponsor is not None:
+        if self.neighbours.door.sponsor is not None:
             return
         if self.membership.roster.beat(asyncio.get_running_loop().time(), **own) or self._carrying is None:
             self._spread_news()
@@ -234,6 +207,20 @@ class Company:
         self.farewell.pass_on(True)
         self.farewell.answer(self.lags)
 
+    async def take_leave(self, leaving: bool, occupied: Callable[[], bool]) -> None:
+        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view."""
+
+        roster, loop = self.membership.roster, asyncio.get_running_loop()
+        redialled_s = 0.0 if leaving or self._topology.talk == "mesh" else self._settings.lost_after_s
+
+        def done() -> bool:  # with a bridge all beyond it seem silent, until another one is there
+            return self.all_said(leaving) and not occupied() and loop.time() >= roster.missed_at + redialled_s
+
+        self.farewell.say(leaving)
+        await until(done)
+        if not leaving:
+            await self.last_view.agree(self._put, done)
+
     def all_said(self, leaving: bool) -> bool:
         """Has everybody heard us, and (unless we leave the others to go on) said a last word?"""
         self.farewell.pass_on(self.owes)
@@ -250,7 +237,8 @@ class Company:
     def heard(self, peer: PeerId, stream: int, seq: int, body: bytes | memoryview) -> None:
         self._journal.meter.received(peer, len(body))
         item = Heard(peer, stream, seq, body)
-        if self._begun or stream == Stream.CONTROL or (stream == Stream.BULK and self.neighbours.sponsor is not None):
+        coming = self.neighbours.door.sponsor is not None
+        if self._begun or stream == Stream.CONTROL or (stream == Stream.BULK and coming):
             self._put(item)
         else:
             self._early.append(item)
@@ -288,7 +276,7 @@ class Company:
     def refused(self, peer: PeerId, reason: str) -> None:
         self._journal.refused(peer, reason)
         if peer in self._topology.peers:  # else a stranger claims to be called so
-            self._refusers[peer] = reason[:REASON_CHARS_MAX]
+            self.start_line.refusers[peer] = reason[:REASON_CHARS_MAX]
             self.porch.refused(peer, reason, begun=self._begun)
             self._wake()
 
@@ -320,6 +308,9 @@ class Company:
                     self._parting = asyncio.get_running_loop().call_later(TOGETHER_S, self._pass_on_together)
             case "~bye":
                 self.farewell.bye(message)
+            case "~final":
+                if why := self.last_view.hear(message):
+                    self.refuse(message.hop, why)
             case "~refused":
                 self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
 
@@ -391,7 +382,7 @@ class Company:
         self.lags = True  # until the lane has looked
         if any(change.state is State.SILENT for change in changes):
             self._spread_news()
-        if self.neighbours.sponsor is None:
+        if self.neighbours.door.sponsor is None:
             self.neighbours.want(self.membership.sought)
         if self._seen != self.membership.roster.version:
             self._seen = self.membership.roster.version

@@ -12,16 +12,18 @@ Scholten, 1980; Segall, 1983.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dlion.membership import MET, Membership
 from dlion.mesh.roster import LIVING, State
-from dlion.messages import Message, PeerId, Stream
+from dlion.messages import Message, PeerId, Scalar, Stream
 from dlion.net.connection import Connection
 
-DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool, "plan?": str}
-"""``peer``: the name, or several with spaces between them. ``plan``: by whose routes it goes on."""
+DONE_FIELDS: Mapping[str, type] = {"peer": str, "leaving": bool, "plan?": str, "missed?": bool}
+"""``peer``: the name, or several with spaces between them. ``plan``: by whose routes it goes on. ``missed``: they found
+somebody silent during the run."""
 BYE_FIELDS: Mapping[str, type] = {"peer": str}
 """``peer``: to whom this is a goodbye."""
 NAMES_CHARS_MAX = 4000
@@ -47,6 +49,7 @@ class Word:
     came_from: PeerId | None
     plan: str
     leaving: bool
+    missed: bool = False
     to: set[PeerId] | None = None
     """Who was not told yet; None: the word did not go out yet."""
     awaited: set[PeerId] = field(default_factory=set)
@@ -70,10 +73,15 @@ class Farewell:
         self._words: dict[PeerId, Word] = {}
         self._open: list[Word] = []
         """Of these, those with which we have not done."""
+        self._reached: set[PeerId] = set()
+        """Neighbours that lived when words were last passed on; and the roster's version."""
+        self._version = -1
 
     def say(self, leaving: bool) -> None:
         """Our own last word."""
-        self._add(Word(self._membership.me, None, self._membership.plan_name, leaving, over=True))
+        membership = self._membership
+        missed = membership.roster.missed_at > -math.inf
+        self._add(Word(membership.me, None, membership.plan_name, leaving, missed, over=True))
 
     def _add(self, word: Word) -> None:
         self._words[word.peer] = word
@@ -82,10 +90,11 @@ class Farewell:
     def hear(self, message: Message) -> list[tuple[PeerId, bool]]:
         """Last words: (who, does it leave) of those that are news."""
         leaving, plan = bool(message.fields["leaving"]), str(message.fields.get("plan", ""))
+        missed = bool(message.fields.get("missed", False))
         said = {*self._words, self._membership.me}  # our own is for us to say
         news = [peer for peer in names_of(message) if peer not in said]
         for peer in news:
-            self._add(Word(peer, message.hop, plan, leaving, over=not leaving))
+            self._add(Word(peer, message.hop, plan, leaving, missed, over=not leaving))
         for peer in names_of(message) if leaving else ():
             if peer not in news:  # it came over two ways: this one is none to wait for
                 self._tell((message.hop,), Message("~bye", fields={"peer": peer}))
@@ -120,9 +129,11 @@ class Farewell:
     def pass_on(self, owes: bool) -> None:
         """Carry last words on: those of who leaves at once, others only while nothing is owed (``owes``) that they must
         stay behind. Those with whom there is no session yet are told when there is."""
+        if not owes:
+            self._say_again()
         if not self._open:
             return
-        together: dict[tuple[tuple[PeerId, ...], bool, str], list[PeerId]] = {}
+        together: dict[tuple[tuple[PeerId, ...], bool, str, bool], list[PeerId]] = {}
         for word in self._open:
             if word.to is None and (word.leaving or not owes):
                 word.to = set(self._membership.onward(word.came_from, word.peer, word.plan))
@@ -133,11 +144,30 @@ class Farewell:
                 word.to -= hopeless.union(now)
                 word.awaited -= hopeless
                 if now:
-                    together.setdefault((now, word.leaving, word.plan), []).append(word.peer)
-        for (to, leaving, plan), peers in together.items():
+                    together.setdefault((now, word.leaving, word.plan, word.missed), []).append(word.peer)
+        for (to, leaving, plan, missed), peers in together.items():
+            more: dict[str, Scalar] = {**({"plan": plan} if plan else {}), **({"missed": True} if missed else {})}
             for names in _texts(peers):
-                more = {"plan": plan} if plan else {}
                 self._tell(to, Message("~done", fields={"peer": names, "leaving": leaving, **more}))
+
+    def _say_again(self) -> None:
+        """A bridge moved, or its other end is heard again: what the old end was told, or nobody, it is told now; and to
+        all, what a peer had told us that is silent now."""
+        membership, states = self._membership, self._membership.roster.states
+        reached = {p for p in membership.neighbours if states[p] in LIVING and p in self._connections}
+        fresh, self._reached = reached - self._reached, reached
+        if not fresh and self._version == membership.roster.version:
+            return
+        self._version = membership.roster.version
+        for word in self._words.values():
+            if word.to is None or word.leaving:
+                continue
+            lost = word.came_from is not None and states[word.came_from] is State.SILENT
+            word.came_from = None if lost else word.came_from
+            onward = {*membership.onward(word.came_from, word.peer, word.plan)} - {word.peer}
+            if again := onward if lost else onward & fresh:
+                word.to |= again
+                self._open = [*(w for w in self._open if w is not word), word]
 
     def answer(self, lags: bool) -> None:
         """Say goodbye to leavers that nobody behind us needs any more. ``lags``: we still owe what goes by an older
@@ -176,6 +206,11 @@ class Farewell:
         if leaving:
             return self._answered(words[membership.me])
         return all(peer in words for peer in membership.roster.live)
+
+    @property
+    def staying(self) -> dict[PeerId, bool]:
+        """Who said a last word and stays until all have, and did it find anybody silent."""
+        return {peer: word.missed for peer, word in self._words.items() if not word.leaving}
 
     def left(self) -> list[Message]:
         """Last words of those who have left, for who comes later."""

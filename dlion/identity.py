@@ -13,6 +13,7 @@ CUT = "cut:"
 TRAINING = "training:"
 """Capability of those who do not wait for us: which life of ours they know."""
 JOINING = "joining"
+LATE = "late"
 UNDER_WAY = "is training already"
 """In the refusal of those who cannot be waited for, but asked to be a sponsor."""
 NAME_SHOWN = 64
@@ -36,10 +37,12 @@ class Identity:
 
     joining: bool = False
     """It wants to come into a run under way, and asks whom it greets to be its sponsor."""
+    late: bool = False
+    """It came into the run, which those beyond bridges hear as news."""
 
     @property
     def capabilities(self) -> list[str]:
-        return [CUT + self.cut] * bool(self.cut) + [JOINING] * self.joining
+        return [CUT + self.cut] * bool(self.cut) + [JOINING] * self.joining + [LATE] * self.late
 
 
 def cut_of(hello: Hello) -> str:

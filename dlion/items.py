@@ -93,6 +93,13 @@ class Renewed(Struct, frozen=True):
     peer: PeerId
 
 
+class Conclude(Struct, frozen=True):
+    """Take over the view in ``message`` (None: ours is the one), tell it to those, and hear nothing more."""
+
+    message: Message | None
+    to: tuple[PeerId, ...]
+
+
 Item = (
     Update
     | Rest
@@ -107,6 +114,7 @@ Item = (
     | Resume
     | Enter
     | Renewed
+    | Conclude
 )
 
 

@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterable
 import numpy as np
 from msgspec.structs import replace
 
-from dlion.blocks import Block
+from dlion.blocks import Block, dense
 from dlion.cut import MARK, Cuts, Part, first_of, frozen, life_of
 from dlion.exchange.base import Action, Add, Context, Exchange, Send, Timer, Update
 from dlion.items import (
     Barrier,
+    Conclude,
     DrainNow,
     Enter,
     Fired,
@@ -32,12 +33,13 @@ from dlion.items import (
     TakeCut,
     Writable,
 )
+from dlion.lastview import FINAL
 from dlion.messages import Message, PeerId, Stream
 from dlion.newcomers import NEWCOMER_KINDS, Newcomers
-from dlion.observe.runlog import Apply, Refuse
+from dlion.observe.runlog import Apply, Member, Refuse
 from dlion.once import Once
 from dlion.tensors import Flat, add_scaled
-from dlion.wire.admit import Admit
+from dlion.wire.admit import Admit, stranger
 from dlion.wire.codec import Malformed, decode, encode
 from dlion.wire.limits import Limits
 
@@ -75,7 +77,7 @@ class Replica:
         self._peers = peers
         self._once = Once()
         self._staged: list[tuple[Add, int]] | None = None
-        self._draining = False
+        self._draining = self._concluded = False
         self._stepping = False
         """A step is under way: its snapshot is taken, its update did not come to this lane yet."""
         self._samples = 0
@@ -105,7 +107,7 @@ class Replica:
             if (rest := self._handle(item, outcome)) is not None:
                 outcome.left = [rest, *items[number:]]
                 break
-        if self._draining and not outcome.left:
+        if self._draining and not outcome.left and not self._concluded:
             self._perform(self.exchange.drain(self.ctx), outcome)
             outcome.owes = self.exchange.owes(self.ctx)
         outcome.ready, outcome.lags = self.exchange.ready(self.ctx.step, self.ctx), self.exchange.lags(self.ctx)
@@ -143,8 +145,8 @@ class Replica:
                 self._take_cut(item, outcome)
             case Resume():
                 self._resume(item.part, outcome)
-            case Enter() | Renewed():
-                self._renew(item)
+            case Enter() | Renewed() | Conclude():
+                self._turn(item, outcome)
         return None
 
     def _step(self, item: Update | Rest, outcome: Outcome) -> Rest | None:
@@ -171,12 +173,11 @@ class Replica:
         reason = self._admit.check(message)
         if reason is None and int(message.stream) != item.stream:
             reason = "said on another stream than it claims"
-        if reason is None and self._peers is not None:
-            reason = self._stranger(message, self._peers)
+        reason = reason or stranger(message, self._peers)
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
-        if self.newcomers.deaf(message):
+        if self.newcomers.deaf(message) or (self._concluded and not message.kind.startswith("~")):
             return
         if message.kind.startswith("~"):
             self._hear_node(message, item, outcome)
@@ -208,16 +209,6 @@ class Replica:
         if leaves and (link := self.ctx.links.get(item.hop)) is not None:
             self._perform(self.exchange.on_leave(link, self.ctx), outcome)  # goes before our goodbye
         outcome.notices.append(message)
-
-    @staticmethod
-    def _stranger(message: Message, peers: Collection[PeerId]) -> str | None:
-        """Is it said in the name of anybody who is not in the topology?"""
-        peer = message.fields.get("peer")
-        named = peer.split(" ") if isinstance(peer, str) else ()
-        for name in (message.origin, message.hop, *named, *[span.origin for span in message.coverage]):
-            if name not in peers:
-                return f"{message.kind}: {name[:64]!r} is not in the topology"
-        return None
 
     def _perform(self, actions: Iterable[Action], outcome: Outcome) -> None:
         for action in actions:
@@ -295,11 +286,28 @@ class Replica:
                 "lower train.learning_rate or check the data"
             )
 
+    def _conclude(self, item: Conclude, outcome: Outcome) -> None:
+        """Our replica is as it will stay: the first peer's view, or we are the first."""
+        ctx, exchange, message, self._concluded = self.ctx, self.exchange, item.message, True
+        if message is None:
+            message = Message(FINAL, ctx.step, blocks=(dense(exchange.view(ctx.weights)),), stream=Stream.BULK)
+        else:
+            view, before = np.zeros_like(self._weights), exchange.view(ctx.weights).copy()
+            message.blocks[0].add_to(view)
+            for add in exchange.conclude(view, ctx):
+                self._add(add, ctx.step, outcome)
+            far = np.linalg.norm(view - before) / (np.linalg.norm(view) or 1.0)
+            why = f"its view is everybody's in the end; ours was {far:.1e} of its norm away"
+            outcome.events.append(Member(t=ctx.now, peer=message.origin, state="concluded", incarnation=0, why=why))
+        self._send(Send(item.to, message), outcome)
+
     # -- newcomers ----------------------------------------------------------------------------------------------
 
-    def _renew(self, item: Enter | Renewed) -> None:
-        """A new life begins, ours or another's."""
-        if isinstance(item, Renewed):
+    def _turn(self, item: Enter | Renewed | Conclude, outcome: Outcome) -> None:
+        """A new life begins, ours or another's; or the run is over."""
+        if isinstance(item, Conclude):
+            self._conclude(item, outcome)
+        elif isinstance(item, Renewed):
             self._forget(item.peer)
         else:
             self._become(item.start, 0, 0)

@@ -183,6 +183,12 @@ class Membership:
         topology = self.topology
         return topology.talk == "mesh" or topology.cloud_of(peer) == topology.cloud_of(self.me)
 
+    def unmet(self, peer: PeerId) -> bool:
+        """Is ``peer`` beyond a bridge, in a micro-cloud of which nobody was ever heard? All that was said since the
+        start is owed to it: whoever comes from there comes as at the start."""
+        records, topology = self.roster.records, self.topology
+        return not self.near(peer) and not any(records[p].incarnation for p in topology.clouds[topology.cloud_of(peer)])
+
     @property
     def rates(self) -> dict[str, float]:
         """Samples per second of the living; the same object as long as they are the same."""

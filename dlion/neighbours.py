@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dlion.identity import JOINING, NAME_SHOWN, TRAINING, UNDER_WAY, Identity, cut_of, mismatch, other_cut
+from dlion.door import Door
+from dlion.identity import JOINING, NAME_SHOWN, TRAINING, Identity, cut_of, mismatch, other_cut
 from dlion.messages import PROTOCOL_MAX, PROTOCOL_MIN, Hello, PeerId
 from dlion.net.chunks import Bye, ProtocolError
 from dlion.net.connection import Connection
@@ -87,18 +88,9 @@ class Neighbours:
         self.connections: dict[PeerId, Connection] = {}
         """Of every peer met and not gone, connected now or not."""
         self._met: dict[PeerId, Neighbour] = {}
-        self.open_to_new = True
-        """False once training runs: a peer that was not there at the start must be introduced by its sponsor."""
-        self.admitted: dict[PeerId, int] = {}
-        """Present lives of those who came into the run, as their sponsors said."""
-        self.sponsors: Callable[[PeerId], str] = lambda peer: "it takes nobody"
-        """Why we do not take this newcomer (empty: we do)."""
+        self.door = Door()
         self.guests: set[PeerId] = set()
         """Who asked us to show it in, and is not in yet."""
-        self.sponsor: PeerId | None = None
-        """While we come into a run: who shows us in. Nobody else is talked to."""
-        self.life_of: Callable[[PeerId], int] = lambda peer: 0
-        """The incarnation of a peer that we know, maybe from others: it is no newcomer, but a bridge that moved."""
         self.ways: Callable[[PeerId], Iterable[Sequence[PeerId]]] = lambda peer: ()
         """Who might pass us on to a peer that we cannot reach, in groups."""
         self.passages = Passages(dialer, self.known)
@@ -133,17 +125,17 @@ class Neighbours:
         for known in (self._wanted, self._met, self.connections, self._turned, self._quarantined):
             known.clear()
         self.identity = replace(self.identity, incarnation=self.identity.incarnation + 1, joining=True)
-        self.sponsor = sponsor
+        self.door.sponsor = sponsor
         self.want([sponsor])
 
     def shown_in(self) -> None:
         """We are in the run: everybody may be talked to."""
-        self.identity, self.sponsor = replace(self.identity, joining=False, cut=self._cut), None
-        self.open_to_new = False
+        self.identity, self.door.sponsor = replace(self.identity, joining=False, late=True, cut=self._cut), None
+        self.door.begin()
 
     def introduce(self, peer: PeerId, incarnation: int) -> None:
         """``peer`` has begun a new life; links to a former one are over."""
-        self.admitted[peer] = incarnation
+        self.door.admitted[peer] = incarnation
         self._gone.discard(peer)
         if (met := self._met.get(peer)) is not None and met.incarnation < incarnation:
             met.connection.close(Bye.REPLACED)
@@ -197,7 +189,8 @@ class Neighbours:
 
     def _hello(self, peer: PeerId, refusal: str = "", to: str = "") -> bytes:
         me, neighbour = self.identity, self._met.get(peer)
-        life = self.life_of(peer) if neighbour is None else neighbour.incarnation
+        waits = self.door.waits_for(peer, asyncio.get_running_loop().time())
+        life = self.door.life_of(peer) if neighbour is None else neighbour.incarnation
         return encode_hello(
             Hello(
                 protocol_min=PROTOCOL_MIN,
@@ -210,7 +203,7 @@ class Neighbours:
                 model=me.model,
                 cursors={} if neighbour is None else neighbour.connection.session.cursors(),
                 of=0 if neighbour is None else neighbour.incarnation,
-                capabilities=me.capabilities + [f"{TRAINING}{life}"] * (not self.open_to_new),
+                capabilities=me.capabilities + [f"{TRAINING}{life}"] * (not waits),
                 to=to,
                 refusal=refusal,
             )
@@ -218,35 +211,15 @@ class Neighbours:
 
     def _objection(self, hello: Hello) -> str:
         """Why we will not talk to the sender of ``hello`` (empty: we will)."""
-        me, peer = self.identity, PeerId(hello.peer)
+        me, peer, now = self.identity, PeerId(hello.peer), asyncio.get_running_loop().time()
         if why := mismatch(me, hello):
             return why
         if peer not in self.known or peer == me.peer:
             return f"unknown peer {peer[:NAME_SHOWN]!r}: {me.peer}'s topology does not name it as another"
-        if self._quarantined.get(peer, 0.0) > asyncio.get_running_loop().time():
+        if self._quarantined.get(peer, 0.0) > now:
             return f"{peer} is quarantined by {me.peer} for repeated inadmissible messages"
-        return self._objection_to_life(peer, hello) or other_cut(me, hello)
-
-    def _objection_to_life(self, peer: PeerId, hello: Hello) -> str:
-        """Who was not there at the start, or has been replaced since, needs a sponsor, or to be introduced by one."""
-        neighbour, incarnation, me = self._met.get(peer), hello.incarnation, self.identity.peer
-        if neighbour is not None and incarnation < neighbour.incarnation:
-            return f"{peer} was replaced: incarnation {incarnation} is older than {neighbour.incarnation}"
-        if self.sponsor is not None and peer != self.sponsor:
-            return f"{me} comes into the run, and talks to {self.sponsor} only until it is in"
-        if self.open_to_new:
-            knows = [c for c in hello.capabilities if c.startswith(TRAINING)]
-            late = self.sponsor is None and knows and knows != [f"{TRAINING}{self.identity.incarnation}"]
-            asked = f"{me} is not in the run itself, and cannot show {peer} in" if JOINING in hello.capabilities else ""
-            return f"{peer} {UNDER_WAY}" if late else asked
-        if (neighbour is not None and incarnation == neighbour.incarnation) or (
-            self.admitted.get(peer, self.life_of(peer)) == incarnation and JOINING not in hello.capabilities
-        ):
-            return ""
-        if JOINING in hello.capabilities:
-            shown = self.admitted.get(peer) == incarnation
-            return f"{peer} is shown in by somebody else already" if shown else self.sponsors(peer)
-        return f"{me} {UNDER_WAY}, and nobody has shown {peer} in yet"
+        met = neighbour.incarnation if (neighbour := self._met.get(peer)) else 0
+        return self.door.objection(me, hello, met, now) or other_cut(me, hello)
 
     async def _welcome(self, link: Link) -> None:
         """Greet who has dialled us. What it does wrong ends its link, nothing else."""
@@ -352,7 +325,7 @@ class Neighbours:
         """Dial ``peer`` whenever there is no link to it. The lower name dials first; the other gives it a moment."""
         s, turned = self._settings, self._turned[peer]
         pause = s.backoff_min_s
-        patience = 0.0 if self.identity.peer < peer or peer == self.sponsor else 10 * s.backoff_min_s
+        patience = 0.0 if self.identity.peer < peer or peer == self.door.sponsor else 10 * s.backoff_min_s
         complained, spell_s = "", s.detour_min_s
         while True:
             if self.connected(peer):

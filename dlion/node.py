@@ -71,6 +71,7 @@ class Node:
         )
         self._phase, rng = float(chance[2].generate_state(1)[0]) / 2**32, np.random.default_rng(chance[1])
         self.company = Company(identity, topology, s, seams.dialer, session_limits, rng, self.journal)
+        self.company.last_view.size = workload.layout.size * exchange.last_view
         self.membership, self.neighbours = self.company.membership, self.company.neighbours
         self.keeper = Keeper(seams, s.checkpoint_every_s, self.membership, learner)
         self.step, self.meter.samples = self.keeper.begun
@@ -170,7 +171,7 @@ class Node:
     async def _live(self) -> None:
         running = [self._spawn(self._tick()), self._spawn(self._exchange())]
         self.state = "joining"
-        await self.company.gather(lambda: bool(self._stopping), self._change)
+        await self.company.start_line.gather(lambda: bool(self._stopping), self._change)
         if self.company.porch.under_way and not self._stopping:
             start, stopping = self.keeper.start_over(), lambda: bool(self._stopping)
             entered = await self.company.porch.enter(start, self.settings.start_wait_s, stopping, self._change)
@@ -188,7 +189,6 @@ class Node:
         """Training time starts now, or goes on from the checkpoint's."""
         self._zero = self._loop.time() - self.keeper.zero_s
         self.state = "training"
-        self.learner.batcher.members(self.membership.rates)
         self._put(MembersChanged())
         if self.keeper.resume is not None:
             self._put(Resume(self.keeper.resume))
@@ -352,7 +352,6 @@ class Node:
             self._gossip()
             self.company.age(lag_s)
             if self.state == "training":
-                self.learner.batcher.members(self.membership.rates)
                 if self.keeper.due(self.now):
                     self._put(TakeCut())
                 if self.now >= look_at:
@@ -383,11 +382,11 @@ class Node:
                 await self._settle()
                 while self._outcome.owes or (self.company.farewell.parting and not self._leaving):
                     await self._change()
-                self.company.farewell.say(self._leaving)
-                while not self.company.all_said(self._leaving) or self._outcome.owes or self._inbox or self._busy:  # noqa: ASYNC110 - acknowledgements wake nobody
-                    await asyncio.sleep(0.02)
+                await self.company.take_leave(
+                    self._leaving, lambda: self._outcome.owes or bool(self._inbox) or self._busy
+                )
         except TimeoutError:
-            self._stopping += " (drain cut short)"
+            self._stopping += f" (drain cut short{self.company.last_view.lack})"
         self._put(Barrier(None))
         if self.keeper.able and not self._leaving and "cut short" not in self._stopping:
             self._put(TakeCut(last=True))

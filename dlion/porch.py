@@ -82,11 +82,13 @@ class Porch:
         """Guests for whom our replica was copied."""
         self._unheld: dict[PeerId, list[Message]] = {}
         """Who comes into the run, for those to whom no link was ever made."""
-        neighbours.life_of, neighbours.sponsors = membership.life_of, self._objection
+        door = neighbours.door
+        door.life_of, door.near, door.unmet = membership.life_of, membership.near, membership.unmet
+        door.sponsors = self._objection
 
     def progress(self, applied: Mapping[PeerId, int]) -> dict[PeerId, int]:
         """Last step heard of each living peer; who is new here is not waited for until it was heard."""
-        late, me = self._neighbours.admitted, self._roster.me.peer
+        late, me = self._neighbours.door.admitted, self._roster.me.peer
         heard = (p for p in self._roster.live if p in applied or not (p in late or self._sponsor))
         return {p: applied.get(p, -1) for p in heard if p != me}
 
@@ -144,8 +146,8 @@ class Porch:
         self._afresh()
         self._neighbours.ask(sponsor)
         life = self._neighbours.identity.incarnation
-        self._roster.me = replace(self._roster.me, incarnation=life, beat=0)
-        self._roster.version += 1
+        self._roster.come(life)
+        self._membership.changed()  # or what we hear at first, we would pass on as the bridge that we were to be
         self._put(Enter(sponsor, life, start))
 
     def _say_ask(self, sponsor: PeerId, at: int) -> None:
@@ -156,11 +158,12 @@ class Porch:
         """We are who our sponsor was; whoever it counts, counts. ``now_s``: of the run."""
         self._sponsor = sponsor
         self._roster.speak(since_s=max(now_s, 1e-3))
+        self._membership.changed()
         self._neighbours.shown_in()
         now = asyncio.get_running_loop().time()
         self._turn(self._roster.alive(sponsor, self._membership.life_of(sponsor), now))
         missing = [p for p, state in self._roster.states.items() if state not in LIVING and p != self._roster.me.peer]
-        for turn in self._roster.presume(now, missing):
+        for turn in (*self._roster.miss(missing, now), *self._roster.presume(now)):
             self._turn(turn)
         self._say_ask(sponsor, ALL)
         self._neighbours.want(self._membership.neighbours)
@@ -180,7 +183,7 @@ class Porch:
             self._roster.guests.add(peer)
             self._introduce(peer, incarnation)
             return True
-        if self._neighbours.sponsor is not None:
+        if self._neighbours.door.sponsor is not None:
             if not self._asked:
                 self._asked = True
                 self._say_ask(peer, 0)
@@ -192,24 +195,35 @@ class Porch:
 
     def down(self, peer: PeerId, patience_s: float) -> None:
         """A link was lost."""
-        if peer == self._neighbours.sponsor:
+        if peer == self._neighbours.door.sponsor:
             life = self._neighbours.identity.incarnation
             asyncio.get_running_loop().call_later(patience_s, self._miss, peer, life)
 
     def _miss(self, sponsor: PeerId, life: int) -> None:
         """The link to our sponsor was lost a while ago, in that life of ours."""
         neighbours = self._neighbours
-        asked = (neighbours.sponsor, neighbours.identity.incarnation) == (sponsor, life)
+        asked = (neighbours.door.sponsor, neighbours.identity.incarnation) == (sponsor, life)
         if asked and not neighbours.connected(sponsor):
             self._lost = "the link to it was lost"
             self._put(MembersChanged())
 
     def refused(self, peer: PeerId, reason: str, *, begun: bool) -> None:
         """``peer`` will not talk to us, or we not to it."""
-        if peer == self._neighbours.sponsor:
+        if peer == self._neighbours.door.sponsor:
             self._lost = reason
         elif UNDER_WAY in reason and not begun:
+            if self._membership.near(peer):
+                self.under_way.add(peer)
+            else:
+                asyncio.get_running_loop().call_later(GATHER_S, self._overhear, peer)
+
+    def _overhear(self, peer: PeerId) -> None:
+        """Beyond a bridge that is missing they began without us; are we late? One of our own micro-cloud that talks to
+        us knows better."""
+        topology, me = self._membership.topology, self._roster.me.peer
+        if not any(self._neighbours.connected(p) for p in topology.clouds[topology.cloud_of(me)]):
             self.under_way.add(peer)
+            self._put(MembersChanged())
 
     def notice(self, message: Message) -> None:
         """The lane has dealt with a message of the newcomers' kinds."""

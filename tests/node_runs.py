@@ -152,6 +152,12 @@ class Ran:
         return {str(p): weights for p, weights in self.result.replicas.items()}
 
 
+def far_off(ran: Ran) -> dict[str, float]:
+    """Who took over the last view, and how far off its own was."""
+    found = [(peer, e["why"]) for peer in ran.replicas for e in ran.events(peer, "member") if e["state"] == "concluded"]
+    return {peer: float(why.split("ours was ")[1].split()[0]) for peer, why in found}
+
+
 def run(
     topology: Topology,
     exchange: Callable[[], Exchange] = Full,

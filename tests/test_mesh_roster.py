@@ -17,7 +17,7 @@ SILENT_AFTER_S = 5.0
 
 def roster(me: PeerId = A) -> Roster:
     made = Roster(Record(me, 1), (A, B, C, D), SILENT_AFTER_S)
-    made.presume(0.0, ())
+    made.presume(0.0)
     return made
 
 
@@ -28,7 +28,7 @@ def beat(peer: PeerId, number: int, **changes: object) -> Record:
 def test_who_is_expected_counts_from_the_start_but_not_for_ever() -> None:
     ours = Roster(Record(A, 1), (B, C), SILENT_AFTER_S)
     assert ours.live == (A,)
-    changes = ours.presume(0.0, missing=[C])
+    changes = [*ours.miss([C], 0.0), *ours.presume(0.0)]
     assert {c.peer: c.state for c in changes} == {B: State.LIVE, C: State.SILENT} and ours.live == (A, B)
     assert ours.age(SILENT_AFTER_S) == []
     assert [c.peer for c in ours.age(SILENT_AFTER_S + 0.1)] == [B]
@@ -188,7 +188,7 @@ def test_of_many_the_near_are_missed_soon_and_the_far_later() -> None:
     many = [PeerId(f"p{n:02d}") for n in range(FEW + 12)]
     near, far = many[1:3]
     ours = Roster(Record(many[0], 1), many, SILENT_AFTER_S)
-    ours.presume(0.0, ())
+    ours.presume(0.0)
     assert ours.near(near, 0.0) is None
     assert [c.peer for c in ours.age(SILENT_AFTER_S + 0.1)] == [near]
     back = ours.near(near, 9.0)

@@ -34,12 +34,14 @@ WORLD = (
 NODE = (
     "node",
     "company",
+    "door",
     "farewell",
     "identity",
     "items",
     "journal",
     "keeper",
     "lane",
+    "lastview",
     "membership",
     "neighbours",
     "newcomers",
@@ -47,6 +49,7 @@ NODE = (
     "passages",
     "porch",
     "seams",
+    "startline",
 )
 """The files between which the node is divided."""
 SHARED = ("base", "estates", "pace", "owed", "spread", "rounds", "parts")

@@ -267,6 +267,17 @@ class Exchange:
     def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
         """The newcomer's side; ``ctx.weights`` are still those that everybody began with. Raises ValueError."""
 
+    @property
+    def last_view(self) -> bool:
+        """Could everybody take over another peer's view when the drain is over, should it be needed? Not where a link
+        may not carry a whole model at once."""
+        return self.consensus
+
+    def conclude(self, view: Flat, ctx: Context) -> Iterable[Add]:
+        """All is said, and somebody may have taken along what others never heard: ``view`` is everybody's from now on.
+        Nothing will be heard or asked any more."""
+        yield Add(view - self.view(ctx.weights))
+
     def state(self) -> dict[str, Any]:
         """All that must survive a restart: arrays, Blocks, Messages and plain values in nested containers. Whoever
         keeps it copies it (``cut.frozen``) before anything else happens."""

@@ -212,6 +212,10 @@ class Pride(Estates):
     def unsaid(self) -> Flat:
         return self._rest
 
+    @property
+    def last_view(self) -> bool:
+        return self.consensus and not self.allowance.bytes_per_s
+
     def spares(self, link: LinkView) -> bool:
         return self.allowance.limits(link)
 

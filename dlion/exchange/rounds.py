@@ -301,6 +301,11 @@ class Rounds(Exchange):
         self.round = number
         self._parts.forget_before(number)
 
+    def conclude(self, view: Flat, ctx: Context) -> Iterable[Add]:
+        change = view - self._anchor
+        self._anchor = view
+        yield Add(change)
+
     # -- newcomers -----------------------------------------------------------------------------------------------
 
     def introduce(

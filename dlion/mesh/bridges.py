@@ -199,7 +199,8 @@ def left_of(name: str, topology: Topology) -> frozenset[PeerId]:
 def shared_plan(
     topology: Topology, counted: Iterable[PeerId], silent: Iterable[PeerId], late: Iterable[PeerId] = ()
 ) -> Plan:
-    """``plan`` with the compute power that the topology gives; made once for all nodes of a process that agree.
+    """``plan`` with the compute power that the topology gives, which keeps what it can of the plan of all peers; made
+    once for all nodes of a process that agree.
 
     Not what was measured: all peers must choose the same bridges.
     """
@@ -212,7 +213,11 @@ def _shared_plan(
 ) -> Plan:
     speeds = {peer: same.topology.peers[peer].speed for peer in counted}
     power = {peer: 1.0 if speed is None else speed.samples_per_s.mean for peer, speed in speeds.items()}
-    return plan(same.topology, power, silent=silent, late=late)
+    everybody = tuple(sorted(same.topology.peers))
+    if same.topology.talk == "mesh" or counted == everybody:
+        return plan(same.topology, power, silent=silent, late=late)
+    first = _shared_plan(same, everybody, (), ())
+    return plan(same.topology, power, first, silent=silent, late=late)
 
 
 def _able(cloud: Iterable[PeerId], live: Collection[PeerId], late: Sequence[PeerId]) -> tuple[PeerId, ...]:
@@ -232,7 +237,8 @@ def _pairs(topology: Topology, clouds: Mapping[str, tuple[PeerId, ...]], a: str,
 def _choose(
     joined: Mapping[CloudPair, list[Pair]], power: Mapping[PeerId, float], sticky: Plan | None
 ) -> dict[CloudPair, Pair]:
-    """One pair per two micro-clouds: those that still live stay; others go to the least loaded, then the strongest."""
+    """One pair per two micro-clouds: those that still live stay; others go to a pair with the end that does, for it
+    holds what was to go that way; then to the least loaded, then the strongest."""
     kept = sticky.bridges if sticky else {}
     chosen = {edge: kept[edge] for edge, pairs in joined.items() if kept.get(edge) in pairs}
     load = Counter(peer for pair in chosen.values() for peer in pair)
@@ -240,12 +246,13 @@ def _choose(
     def strength(edge: CloudPair) -> tuple[float, CloudPair]:
         return -max(power[a] + power[b] for a, b in joined[edge]), edge
 
-    def cost(pair: Pair) -> tuple[int, int, float, Pair]:
+    def cost(pair: Pair, ends: Pair | None) -> tuple[bool, int, int, float, Pair]:
         a, b = load[pair[0]], load[pair[1]]
-        return max(a, b), a + b, -power[pair[0]] - power[pair[1]], pair
+        strange = ends is None or not {*pair} & {*ends}
+        return strange, max(a, b), a + b, -power[pair[0]] - power[pair[1]], pair
 
     for edge in sorted(joined.keys() - chosen.keys(), key=strength):
-        chosen[edge] = min(joined[edge], key=cost)
+        chosen[edge] = min(joined[edge], key=lambda pair: cost(pair, kept.get(edge)))
         load.update(chosen[edge])
     both = {edge: pair for a_b in sorted(chosen) for edge, pair in _both_ways(a_b, chosen[a_b])}
     return dict(sorted(both.items()))

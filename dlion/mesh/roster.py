@@ -14,7 +14,7 @@ rest is given more time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated
@@ -159,6 +159,8 @@ class Roster:
         """Grows when somebody's compute power changes, or who is there to have any."""
         self.samples = sum(r.samples for r in self.records.values())
         """Processed by all, as far as heard."""
+        self.missed_at = -math.inf
+        """When somebody was last found silent that had not said its last word."""
         self.guests: set[PeerId] = set()
         """Newcomers that are not ready to count, though they are heard."""
         self._live: tuple[PeerId, ...] | None = None
@@ -224,7 +226,7 @@ class Roster:
         self._note(record, teller)
         if record.silent:
             counted = self.states[record.peer] in COUNTED
-            return self._turn(record.peer, State.SILENT, "others found it silent") if counted else None
+            return self._silence(record.peer, "others found it silent", now) if counted else None
         return self.alive(record.peer, record.incarnation, now)
 
     def alive(self, peer: PeerId, incarnation: int, now: float) -> Change | None:
@@ -241,6 +243,12 @@ class Roster:
         self.records[peer] = replace(known, silent=False)
         why = "first heard" if state is State.EXPECTED else "heard again"
         return self._turn(peer, State.LIVE, why)
+
+    def come(self, incarnation: int) -> None:
+        """We begin a new life, to come into the run after everybody else."""
+        self.me = self.records[self.me.peer] = replace(self.me, incarnation=incarnation, beat=0, since_s=LAST_S)
+        self.shape += 1
+        self.version += 1
 
     def introduce(self, peer: PeerId, incarnation: int) -> Change:
         """``peer`` begins a new life: what is known of its former one is over. It counts when it is heard."""
@@ -277,17 +285,17 @@ class Roster:
     def _patience_s(self, peer: PeerId) -> float:
         return self.silent_after_s if peer in self._near_at else self._far_silent_after_s
 
-    def presume(self, now: float, missing: Collection[PeerId]) -> list[Change]:
-        """The run begins: whoever is expected counts as living until it has been silent too long; not the missing."""
+    def presume(self, now: float) -> list[Change]:
+        """The run begins: whoever is expected counts as living until it has been silent too long."""
         expected = [p for p, s in self.states.items() if s is State.EXPECTED]
         for peer in expected:
             self._heard(peer, now)
-        return [
-            self._turn(p, State.SILENT, "missing at the start")
-            if p in missing
-            else self._turn(p, State.LIVE, "presumed")
-            for p in expected
-        ]
+        return [self._turn(p, State.LIVE, "presumed") for p in expected]
+
+    def miss(self, peers: Iterable[PeerId], now: float) -> list[Change]:
+        """The run begins soon, and waits for these no longer."""
+        expected = [p for p in peers if self.states[p] is State.EXPECTED]
+        return [self._silence(p, "missing at the start", now) for p in expected]
 
     def finished(self, peer: PeerId, leaving: bool) -> Change | None:
         """The peer said its last word; with ``leaving`` it goes, else it stays to carry on what others say."""
@@ -318,7 +326,7 @@ class Roster:
         self.look_at = min(self.look_at, self._far_look_at)
         for peer in sorted(late):
             self._note(replace(self.records[peer], silent=True), self.me.peer)
-        return [self._turn(p, State.SILENT, "nothing was heard of it for too long") for p in sorted(late)]
+        return [self._silence(p, "nothing was heard of it for too long", now) for p in sorted(late)]
 
     def news_for(
         self, neighbour: PeerId, carried: Callable[[PeerId, PeerId], bool], side: str | None = None
@@ -344,6 +352,11 @@ class Roster:
                 if peer == me or (neighbour not in (peer, teller) and carried(peer, teller)):
                     news.append(self.records[peer])
         return news
+
+    def _silence(self, peer: PeerId, why: str, now: float) -> Change:
+        if self.states[peer] is not State.FINISHED:
+            self.missed_at = now
+        return self._turn(peer, State.SILENT, why)
 
     def _turn(self, peer: PeerId, state: State, why: str) -> Change:
         before = self.states[peer]

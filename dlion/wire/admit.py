@@ -7,9 +7,9 @@ policy adds what only the receiver knows: which kinds and fields are understood,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-from dlion.messages import Message, Scalar
+from dlion.messages import Message, PeerId, Scalar
 
 Kinds = Mapping[str, Mapping[str, type]]
 
@@ -69,6 +69,18 @@ class Admit:
             if block.start < 0 or block.start + block.size > self._layout_size:
                 return f"{message.kind}: block {block.start} + {block.size} in a model of {self._layout_size}"
         return None
+
+
+def stranger(message: Message, peers: Collection[PeerId] | None) -> str | None:
+    """Is it said in the name of anybody who is not in the topology? ``peers``: all of it; None: anybody may speak."""
+    if peers is None:
+        return None
+    peer = message.fields.get("peer")
+    named = peer.split(" ") if isinstance(peer, str) else ()
+    for name in (message.origin, message.hop, *named, *(span.origin for span in message.coverage)):
+        if name not in peers:
+            return f"{message.kind}: {name[:64]!r} is not in the topology"
+    return None
 
 
 def _fits(value: Scalar, kind: type) -> bool:
