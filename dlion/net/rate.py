@@ -247,8 +247,9 @@ class RateEstimator:
             self._rate_sample(now, max(least, min(most, self.rate)), False)
 
     def _rate_sample(self, now: float, rate: float, limited: bool) -> None:
+        before = self.rate
         if limited:
-            if rate <= self.rate:
+            if rate <= before:
                 return
         else:
             self.proven = True
@@ -259,6 +260,8 @@ class RateEstimator:
             best.pop()
         best.append((now, rate))
         self.rate = best[0][1]
+        if self.rate > before and self.pace_at > now:  # of a first small message's rate the pause may last for minutes
+            self.pace_at = now + (self.pace_at - now) * before / self.rate
 
     def _forget(self, before: float) -> None:
         best = self._best

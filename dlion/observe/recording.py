@@ -20,8 +20,8 @@ from dlion.observe.runlog import Step
 
 Floats = npt.NDArray[np.float64]
 
-SHOWN_S_MIN = 0.05
-"""A link shows its rate in an interval in which more stood waiting for so long."""
+SHOWN_S_MIN = 0.02
+"""A link shows its rate in an interval in which more stood waiting for so long: for one chunk."""
 SAME_SHARE = 0.1
 """Neighbouring seconds closer than this to their mean are one rate, their mean: acknowledgements come in lumps."""
 SPEED_WINDOW_S = 5.0
