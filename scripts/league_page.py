@@ -186,7 +186,7 @@ def ratios(ours: Rows, theirs: Rows, target: float) -> tuple[list[float], bool]:
 
 def verdict(groups: Mapping[str, Rows]) -> str:
     """Ours against each other strategy at the oracle's target: wins, ties, losses, on the seeds that both ran."""
-    if OURS not in groups:
+    if groups.keys() <= {OURS} or OURS not in groups:
         return ""
     main = next((t for t in targets_of(groups) if t not in TARGETS), TARGETS[0])
     sides: dict[str, list[str]] = {"ahead of": [], "level with": [], "behind": []}
