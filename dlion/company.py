@@ -207,8 +207,9 @@ class Company:
         self.farewell.pass_on(True)
         self.farewell.answer(self.lags)
 
-    async def take_leave(self, leaving: bool, occupied: Callable[[], bool]) -> None:
-        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view."""
+    async def take_leave(self, leaving: bool, patience: asyncio.Timeout, occupied: Callable[[], bool]) -> None:
+        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view. A
+        whole model has ``patience`` of its own."""
 
         roster, loop = self.membership.roster, asyncio.get_running_loop()
         redialled_s = 0.0 if leaving or self._topology.talk == "mesh" else self._settings.lost_after_s
@@ -219,6 +220,7 @@ class Company:
         self.farewell.say(leaving)
         await until(done)
         if not leaving:
+            patience.reschedule(loop.time() + self._settings.drain_s)
             await self.last_view.agree(self._put, done)
 
     def all_said(self, leaving: bool) -> bool:

@@ -54,7 +54,7 @@ class Door:
         if self.sponsor is not None and peer != self.sponsor:
             return f"{me.peer} comes into the run, and talks to {self.sponsor} only until it is in"
         knows = [c for c in hello.capabilities if c.startswith(TRAINING)]
-        if self.open_to_new:
+        if self.open_to_new or peer == self.sponsor:
             late = self.sponsor is None and knows and knows != [f"{TRAINING}{me.incarnation}"]
             asked = f"{me.peer} is not in the run itself, and cannot show {peer} in" if joining else ""
             return f"{peer} {UNDER_WAY}" if late else asked

@@ -80,7 +80,9 @@ class Farewell:
     def say(self, leaving: bool) -> None:
         """Our own last word."""
         membership = self._membership
-        missed = membership.roster.missed_at > -math.inf
+        states = membership.roster.states  # who stays waits for our word: if it is silent before that, it died
+        died = any(not word.leaving and states[peer] is State.SILENT for peer, word in self._words.items())
+        missed = died or membership.roster.missed_at > -math.inf
         self._add(Word(membership.me, None, membership.plan_name, leaving, missed, over=True))
 
     def _add(self, word: Word) -> None:

@@ -6,6 +6,7 @@ clock. The cut itself is the exchange lane's; writing it down is for whoever gav
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,8 @@ class Keeper:
             assert self.resume.trainer is not None
             learner.trainer.restore(self.resume.trainer)
             self._others = int(self.resume.node.get("others", 0))
+            if self.resume.node.get("missed"):
+                self._roster.missed_at = 0.0
             if isinstance(learner.batcher, Stateful) and "batcher" in self.resume.node:
                 learner.batcher.restore(self.resume.node["batcher"])
 
@@ -90,7 +93,7 @@ class Keeper:
     def hand_over(self, part: Part | None) -> None:
         """Our part of a cut, if one is whole."""
         if part is not None and self.keep is not None:
-            part.node = {"others": self.others()}
+            part.node = {"others": self.others(), "missed": self._roster.missed_at > -math.inf}
             if isinstance(self._batcher, Stateful):
                 part.node["batcher"] = self._batcher.state()
             self.keep(part)

@@ -58,20 +58,21 @@ class LastView:
 
     @property
     def lack(self) -> str:
-        """What the end of the drain cut short (empty: something else)."""
-        return f": the last view of {self.first} did not come" if self._awaits else ""
+        """What did not come when all had been said (empty: nothing)."""
+        return f" (the last view of {self.first} did not come)" if self._awaits else ""
 
     def hear(self, message: Message) -> str:
         """Somebody's view; returns why it is not taken (empty: it may be). It may come before we know that all is said,
         but not before we have said all."""
         me = self._membership.me
-        if not self.size or me not in self._farewell.staying or self._heard is not None:
+        if not self.size or me not in self._farewell.staying:
             return f"{FINAL}: nobody waits for a last view"
-        if message.origin >= me:
+        if message.origin == me or message.origin != self.first:
             return f"{FINAL}: {message.origin} is not the first"
         if [(block.start, block.size, block.indices) for block in message.blocks] != [(0, self.size, None)]:
             return f"{FINAL}: it is not a whole view"
-        self._heard = message
+        if self._heard is None or self._heard.origin != message.origin:  # it may come over two ways
+            self._heard = message
         return ""
 
     def _ended_before_us(self) -> bool:
@@ -83,8 +84,14 @@ class LastView:
         if not self.due or self._ended_before_us():
             return
         first, me, self._awaits = self.first, self._membership.me, True
-        await until(lambda: all_said() and (first == me or (self._heard is not None and self._heard.origin == first)))
+
+        def here() -> bool:
+            return first == me or (self._heard is not None and self._heard.origin == first)
+
+        await until(lambda: not self.due or (all_said() and here()))
         self._awaits = False
+        if not self.due:  # who was lost has come, and had missed nobody
+            return
         came_from = None if self._heard is None else self._heard.hop
         onward = self._membership.onward(came_from, first, self._membership.plan_name)
         put(Barrier(None))

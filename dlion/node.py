@@ -378,15 +378,15 @@ class Node:
         self.company.rest()
         self._put(DrainNow())
         try:
-            async with asyncio.timeout(self.settings.drain_s):
+            async with asyncio.timeout(self.settings.drain_s) as patience:
                 await self._settle()
                 while self._outcome.owes or (self.company.farewell.parting and not self._leaving):
                     await self._change()
                 await self.company.take_leave(
-                    self._leaving, lambda: self._outcome.owes or bool(self._inbox) or self._busy
+                    self._leaving, patience, lambda: self._outcome.owes or bool(self._inbox) or self._busy
                 )
         except TimeoutError:
-            self._stopping += f" (drain cut short{self.company.last_view.lack})"
+            self._stopping += self.company.last_view.lack or " (drain cut short)"
         self._put(Barrier(None))
         if self.keeper.able and not self._leaving and "cut short" not in self._stopping:
             self._put(TakeCut(last=True))

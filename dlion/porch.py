@@ -211,7 +211,7 @@ class Porch:
         """``peer`` will not talk to us, or we not to it."""
         if peer == self._neighbours.door.sponsor:
             self._lost = reason
-        elif UNDER_WAY in reason and not begun:
+        elif reason.startswith(f"{peer} {UNDER_WAY}") and not begun:  # of itself: that we began, we know
             if self._membership.near(peer):
                 self.under_way.add(peer)
             else:

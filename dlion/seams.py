@@ -36,7 +36,8 @@ class NodeSettings:
     lost_after_s: float = 2.0
     """A neighbour whose link is lost and cannot be dialled again counts as silent after this."""
     start_wait_s: float = 60.0
-    """How long to wait for all neighbours before training starts without the missing."""
+    """How long to wait for all neighbours before training starts without the missing; a bridge in place of a
+    missing one is dialled for some seconds more."""
     drain_s: float = 20.0
     refusals_max: int = 16
     """Inadmissible messages from one peer before it is quarantined."""

@@ -53,7 +53,7 @@ class StartLine:
         self._membership.lost = frozenset() if self._porch.under_way else silent - {*self._missing}
         if self._porch.under_way:
             return  # who comes late tells nobody who is there
-        if self._missing and not neighbours.connections:
+        if self._missing and not neighbours.connections and not stopping():
             raise self._alone()
         neighbours.door.begin(loop.time() + 2 * self._start_wait_s)
         self._turn(*roster.presume(loop.time()))

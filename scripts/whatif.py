@@ -58,6 +58,12 @@ def line(what: str, live_s: float, replayed_s: float, before: tuple[float, float
     return found
 
 
+def reached(summary: Mapping[str, Any], key: str) -> float:
+    if (found := summary["time_to"].get(key)) is None:
+        raise click.ClickException(f"{key} was not reached: choose a lower --target or a longer --until")
+    return float(found)
+
+
 def tell(console: Console, lines: Sequence[Mapping[str, Any]], target: float) -> None:
     table = Table(title=f"time to {target:g}", title_justify="left")
     for name in ("change", "live", "replayed", "really", "predicted", "error", ""):
@@ -100,12 +106,12 @@ def main(target: float, changes: tuple[str, ...], tries: int, as_json: bool, **o
     replayed = dlion("replay", str(directory))
     both = replayed["recorded_against_replayed"]
     agree = {name: worst(both[name]) for name in ("steps", "link_bytes")}
-    before = summary["time_to"][key], replayed["replayed"]["time_to"][key]
+    before = reached(summary, key), reached(replayed["replayed"], key)
     lines = [line("", *before, None)]
     for change in changes:
         _, really = live(case, change, out, tries)
         predicted = dlion("replay", str(directory), "--set", change)["replayed"]
-        lines.append(line(change, really["time_to"][key], predicted["time_to"][key], before))
+        lines.append(line(change, reached(really, key), reached(predicted, key), before))
     if as_json:
         click.echo(json.dumps({"recorded_against_replayed": agree, "what_if": lines}))
     console = Console(stderr=as_json, highlight=False, width=120)

@@ -140,3 +140,13 @@ def test_last_words_of_a_dead_bridge_still_reach_the_mates() -> None:
 def test_a_stranger_is_refused() -> None:
     with pytest.raises(ValueError, match="no peer 'zz'"):
         plan(topology([1], "mesh"), {PeerId("zz"): 1.0})
+
+
+@pytest.mark.parametrize("talk", ["bridges", "tree"])
+def test_words_of_micro_clouds_that_are_none_take_no_memory(talk: Talk) -> None:
+    found = plan(topology([2, 2, 2], talk), dict.fromkeys(topology([2, 2, 2], talk).peers, 1.0))
+    me, mate = found.bridges["A", "B"][0], found.mates[found.bridges["A", "B"][0]][0]
+    for number in range(1000):
+        found.onward(me, mate, f"stranger {number}")
+        assert not found.downstream(me, mate, f"stranger {number}")
+    assert len(found._onward) < 10 and not found._downstream

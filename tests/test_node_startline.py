@@ -62,6 +62,16 @@ def test_a_bridge_that_is_missing_at_the_start_is_replaced(kind: str, shape: str
     assert ran.result.virtual_seconds < WAIT_S + 10.0 + 5.0 * len(MISSING[shape]) + 2.0
 
 
+@pytest.mark.parametrize("born_s", [7.0, 8.0, 9.5])
+def test_who_knocks_while_others_wait_for_the_next_bridge_throws_nobody_out(born_s: float) -> None:
+    births = [Birth(PeerId("b1"), NEVER), Birth(PeerId("b2"), NEVER), Birth(PeerId("a3"), born_s)]
+    ran = run(
+        net("a1 a2 a3 | b1 b2 b3", "bridges"), Full, until_s=10.0, births=births, settings={"start_wait_s": WAIT_S}
+    )
+    assert not {*ran.result.turned_away} - {"a3"}
+    assert disagreement(ran.result.views) < 1e-4
+
+
 def test_whoever_is_missing_comes_in_later_as_a_newcomer() -> None:
     comes = Birth(PeerId("a1"), WAIT_S + 4.0)
     ran = run(

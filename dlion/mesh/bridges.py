@@ -52,7 +52,7 @@ class Plan:
         home = self.cloud_of[me]
         from_mate = came_from is not None and self.cloud_of.get(came_from) == home
         if self.towards is None:
-            behind = None if origin_cloud == home else origin_cloud
+            behind = None if origin_cloud == home else ""  # whichever it is: nothing goes over a bridge
         else:
             behind = self.towards.get((home, origin_cloud), self.cloud_of.get(came_from or me))
         key = me, from_mate, behind
@@ -64,6 +64,8 @@ class Plan:
 
     def downstream(self, me: PeerId, came_from: PeerId, origin_cloud: str) -> frozenset[Pair]:
         """All links over which an update of ``origin_cloud`` goes on from ``me``, to which ``came_from`` said it."""
+        if origin_cloud not in self._clouds:
+            return frozenset()
         key = me, came_from, origin_cloud
         if (found := self._downstream.get(key)) is None:
             links, todo = set[Pair](), deque([(came_from, me)])
@@ -81,6 +83,10 @@ class Plan:
     def _far_ends(self, me: PeerId) -> Mapping[str, PeerId]:
         """The bridges of ``me``: the micro-cloud beyond -> its peer."""
         return self._ends.get(me, {})
+
+    @cached_property
+    def _clouds(self) -> frozenset[str]:
+        return frozenset(self.cloud_of.values())
 
     @cached_property
     def _neighbours(self) -> dict[PeerId, tuple[PeerId, ...]]:
