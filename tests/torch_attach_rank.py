@@ -62,6 +62,7 @@ def main(directory: Path, rank: int) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=2)
     trains(directory, rank)
     fails(directory, rank)
+    distributed.barrier()  # who goes first pulls the threads from under the other
     distributed.destroy_process_group()
 
 
