@@ -18,6 +18,9 @@ from dlion.messages import PeerId
 MET = (*LIVING, State.LEFT)
 """To whom something may still have to be said, neighbour or not."""
 
+BEYOND_MAX = 32
+"""Of those behind a silent micro-cloud, how many to look for."""
+
 
 class Membership:
     """The living peers of one node's topology, and their routes."""
@@ -99,12 +102,15 @@ class Membership:
     @property
     def sought(self) -> tuple[PeerId, ...]:
         """Whom to keep a link with: our neighbours; and beyond our bridge to a micro-cloud of which nobody is heard,
-        all of it, for there they may count on another bridge than we do."""
-        states, topology, found = self.roster.states, self.topology, set(self.neighbours)
-        for cloud in {topology.cloud_of(p) for p in self.neighbours if states[p] is State.SILENT}:
-            if cloud != topology.cloud_of(self.me):
-                found.update(p for p in topology.clouds[cloud] if states[p] is State.SILENT)
-        return tuple(sorted(found))
+        all of it, for there they may count on another bridge than we do; along a tree also those, of whom nobody is
+        heard either, who may only have lost the way to us with it."""
+        states, topology, home = self.roster.states, self.topology, self.topology.cloud_of(self.me)
+        lost = {topology.cloud_of(p) for p in self.neighbours if states[p] is State.SILENT} - {home}
+        found, links = [p for cloud in sorted(lost) for p in topology.clouds[cloud]], topology.links
+        if lost and self.plan.towards is not None:
+            beyond = [p for cloud, peers in topology.clouds.items() if cloud not in lost | {home} for p in peers]
+            found += [p for p in beyond if (self.me, p) in links and (p, self.me) in links][:BEYOND_MAX]
+        return tuple(sorted({*self.neighbours, *(p for p in found if states[p] is State.SILENT)}))
 
     def onward(self, came_from: PeerId | None, origin: PeerId, plan: str) -> tuple[PeerId, ...]:
         """Who must hear from us what ``origin`` said under the plan of that name."""

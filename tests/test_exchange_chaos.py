@@ -129,6 +129,13 @@ def test_whatever_happens_the_living_go_on(name: str, world: World) -> None:
     hold(name, world)
 
 
+def test_who_is_left_of_a_tree_without_its_hub_finds_each_other() -> None:
+    """No link was ever between b2 and c1, and no news came to them but through those who died."""
+    deaths = (("a1", 2.0), ("a2", 2.0), ("b1", 2.0))
+    speeds = dict.fromkeys(("a1", "a2", "b1", "b2", "c1"), float(BATCH))
+    hold("fedavg", World("a1 a2 | b1 b2 | c1", "tree", 0.2, 0.001, speeds, {}, deaths, 0))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", EXCHANGES)
