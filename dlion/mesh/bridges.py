@@ -57,8 +57,7 @@ class Plan:
             behind = self.towards.get((home, origin_cloud), self.cloud_of.get(came_from or me))
         key = me, from_mate, behind
         if (found := self._onward.get(key)) is None:
-            ends = self._far_ends(me).items()
-            over = {p for cloud, p in ends if (behind is None if self.towards is None else cloud != behind)}
+            over = {p for cloud, p in self._far_ends(me).items() if behind not in ("", cloud)}
             found = self._onward[key] = tuple(sorted({*(() if from_mate else self.mates[me]), *over}))
         return found
 
