@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dlion.cli import host
-from dlion.cli.build import Plan, batcher_of, exchange_of, node_settings, optimizer_of, schedule_of
+from dlion.cli.build import Plan, batcher_of, exchange_of, node_settings, optimizer_of, pace_of, schedule_of
 from dlion.cli.keep import Start
 from dlion.cli.peer import plan_of_peer
 from dlion.cli.planfile import save_plan
@@ -75,6 +75,9 @@ class Options:
     """What checkpoints hold beside weights, optimizer and buffers, by names of yours: ``{"scheduler": scheduler}``."""
     fresh: bool = False
     """Start over, though there are checkpoints in the peer file's ``out``."""
+    overlap: bool = True
+    """``step`` hands its update over and returns at once; what the others say meanwhile is merged in the next step.
+    Where that cannot be (see ``Pride.overlaps``), or False: ``step`` waits until all is merged."""
 
 
 def attach(
@@ -118,12 +121,17 @@ class Pride:
     ) -> None:
         self._places = Places(model, buffers)
         self._optimizer = optimizer
+        self._ahead = False
+        """The turn in hand is not ours yet: the node still takes in our last step."""
         self._together = options.together
         self._site = None if group is None else Site(group, next(model.parameters()).device, self._places.layout.size)
         self.batch_size = 0
         """Samples that this process should take in its next step. Advice: with ``batch_size`` given it is that."""
         self.steps_done = 0
         """Steps of this peer until now, with those before the checkpoint that it went on from."""
+        self.overlaps = False
+        """``step`` does not wait: the loop has an optimizer, a fixed ``batch_size`` and nothing in ``keeps``, buffers
+        are local, the peer is one process, and neither exchange nor pace has a step wait for another peer's."""
         self._host: _Host | None = None
         if self._site is None or self._site.rank == 0:
             guest = Guest(self._places, optimizer is not None, options.samples, _kept(optimizer, options))
@@ -131,7 +139,9 @@ class Pride:
             plan = plan_of_peer(setup)
             processes = 1 if self._site is None else self._site.size
             fixed = None if batch_size is None else batch_size * processes
-            learner = _learner(plan, PeerId(setup.peer.name), guest, optimizer, fixed)
+            learner, at_once = _learner(plan, PeerId(setup.peer.name), guest, optimizer, fixed)
+            free = options.overlap and not options.keeps and buffers == "local"
+            self.overlaps = guest.ahead = at_once and free and self._site is None and optimizer is not None
             self._host = _Host(plan, setup, guest, learner, options)
 
     def __enter__(self) -> Pride:
@@ -139,6 +149,8 @@ class Pride:
             self._host.start()
         try:
             self._next()
+            if self.overlaps:
+                self._places.rest()
             self.steps_done = 0 if self._host is None else self._host.begun_at
             if self._site is not None:
                 self.steps_done = self._site.told(self.steps_done)
@@ -154,13 +166,30 @@ class Pride:
         ``loss`` of this step is for the log and for exchanges that compare peers (``transfer`` of dlion); 0 if absent.
         Raises what went wrong in the node, in whichever thread that was; RuntimeError once the run is over.
         """
-        if self._optimizer is not None:
-            self._optimizer.step()
-        if self._host is not None:
-            value = loss.detach() if isinstance(loss, torch.Tensor) else loss
-            self._host.guest.answer(0.0 if value is None else float(value))
-        self._next()
+        value = loss.detach() if isinstance(loss, torch.Tensor) else loss
+        told = 0.0 if value is None else float(value)
+        if self.overlaps:
+            self._step_ahead(told)
+        else:
+            if self._optimizer is not None:
+                self._optimizer.step()
+            if self._host is not None:
+                self._host.guest.answer(told)
+            self._next()
         self.steps_done += 1
+
+    def _step_ahead(self, loss: float) -> None:
+        """Our step, and what the others did while we computed it; then go on while the node takes ours in."""
+        host, places, optimizer = self._host, self._places, self._optimizer
+        assert host is not None and optimizer is not None
+        others = host.turn().weights if self._ahead else None
+        places.unmoved()
+        optimizer.step()
+        if others is not None:
+            places.add(others)
+        places.rest()
+        self._ahead = True
+        host.guest.answer(loss)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -211,15 +240,20 @@ class _Host:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._node: Node | None = None
-        self._begun = Event()
-        self.begun_at = 0
-        """Steps done before, in the checkpoint that the node goes on from."""
+        self._begun, self._known = Event(), Event()
+        self._begun_at = 0
 
     # -- the caller's thread ------------------------------------------------------------------------------------
 
     def start(self) -> None:
         self._thread.start()
         self._begun.wait()
+
+    @property
+    def begun_at(self) -> int:
+        """Steps done before, in the checkpoint that the node goes on from."""
+        self._known.wait()
+        return self._begun_at
 
     def turn(self) -> Turn:
         """Wait for the next snapshot; raises what ended the node, RuntimeError if nothing did."""
@@ -271,6 +305,7 @@ class _Host:
         except BaseException as error:  # whatever it is, it belongs to the caller
             self._failure = error
         finally:
+            self._known.set()
             self.guest.end()
 
     async def _live(self) -> None:
@@ -293,9 +328,10 @@ class _Host:
         guest = host.Guest(self._learner, settings)
         start = Start(fresh=options.fresh)
         async with host.hosted(plan, PeerId(peer.name), doors, out, known, guest, start=start) as running:
-            await asyncio.to_thread(save_plan, plan, out)  # a run that is refused leaves the plan that lies there
             self._node = node = running.node
-            self.begun_at = 0 if running.keeping.part is None else running.keeping.part.step
+            self._begun_at = 0 if running.keeping.part is None else running.keeping.part.step
+            self._known.set()
+            await asyncio.to_thread(save_plan, plan, out)  # a run that is refused leaves the plan that lies there
             running.keeping.tell()
             await node.wait()
         self._final = node.exchange.view(node.ctx.weights)
@@ -320,8 +356,13 @@ def _inner(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _learner(plan: Plan, peer: PeerId, guest: Guest, optimizer: Steps | None, batch: int | None) -> Learner:
-    """What the node learns: what the loop gives it; raises ConfigError when the exchange cannot use that."""
+def _learner(
+    plan: Plan, peer: PeerId, guest: Guest, optimizer: Steps | None, batch: int | None
+) -> tuple[Learner, bool]:
+    """What the node learns: what the loop gives it; and whether the loop may go on before the node has taken it.
+
+    Raises ConfigError when the exchange cannot use what the loop gives.
+    """
     job = plan.job
     strategy = exchange_of(job)
     try:
@@ -333,4 +374,5 @@ def _learner(plan: Plan, peer: PeerId, guest: Guest, optimizer: Steps | None, ba
     if groups:
         schedule = lambda _: float(groups[0]["lr"])  # noqa: E731
     trainer = Trainer(guest, applied, schedule, peer_seed(job.job.seed, peer))
-    return Learner(trainer, Fixed(batch) if batch is not None else batcher_of(plan, peer, guest.global_train_size))
+    batcher = Fixed(batch) if batch is not None else batcher_of(plan, peer, guest.global_train_size)
+    return Learner(trainer, batcher), batch is not None and strategy.ahead and not pace_of(job, strategy).staged

@@ -1,11 +1,15 @@
 """A user's own training loop as a workload: what a step gives comes from another thread.
 
 Law: passes a baton between two threads, the train lane and the user's; knows no peer, no link, no loop. Only the
-thread that has the baton touches the module: while one computes, the other waits.
+thread that has the baton changes or reads off the module.
 
 The user's tensors stay the user's: at the head of a step the snapshot's values are copied into them, and after it what
-the user's optimizer changed is read off. What is exchanged follows the rules of ``torch_module``: every parameter that
-requires a gradient, once however often it is used, and with ``buffers="averaged"`` the floating buffers behind them.
+the user's optimizer changed is read off. A loop that is ``ahead`` waits for its turn only to make its step, not to
+compute a gradient: to the tensors p that it was computed from, its step u is added and what p lacked to be the snapshot
+s, and read off is (p + u + (s - p)) - s. What others say counts a step later, and nothing is copied while it waits.
+
+What is exchanged follows the rules of ``torch_module``: every parameter that requires a gradient, once however often it
+is used, and with ``buffers="averaged"`` the floating buffers behind them.
 """
 
 from __future__ import annotations
@@ -64,12 +68,21 @@ class Places:
         self.layout = Layout(names, tuple(tuple(t.shape) for t in self._tensors))
         self.averaged = len(common)
         self.parameter_size = self.layout.offsets[len(self.parameters)]
+        self._versions: list[int] = []
+        self.resting: dict[str, torch.Tensor] = {}
+        """``own`` as they were at the last ``rest``: the next forward may change them."""
 
     def fill(self, values: torch.Tensor) -> None:
         """Copy a flat buffer's values into the module's tensors."""
         with torch.no_grad():
             for tensor, value in zip(self._tensors, self._split(values), strict=True):
                 tensor.copy_(value)
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add a flat buffer's values to the module's tensors."""
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, self._split(values), strict=True):
+                tensor.add_(value.to(tensor.device))
 
     def read(self, out: torch.Tensor) -> None:
         """Copy the module's values to the flat ``out``."""
@@ -83,6 +96,26 @@ class Places:
                 torch.sub(tensor.detach(), old, out=place)
             else:
                 place.copy_(tensor.detach()).sub_(old)
+
+    def behind(self, goal: torch.Tensor, out: torch.Tensor) -> None:
+        """What the module's tensors lack to be the flat ``goal``."""
+        for tensor, wanted, place in zip(self._tensors, self._split(goal), self._split(out), strict=True):
+            torch.sub(wanted, tensor.detach().to(wanted.device), out=place)
+
+    def rest(self) -> None:
+        """The user goes on, and must not change the tensors until ``unmoved``."""
+        self._versions = [tensor._version for tensor in self._tensors]
+        self.resting = {name: buffer.clone() for name, buffer in self.own.items()}
+
+    def unmoved(self) -> None:
+        """Raises RuntimeError when somebody did, so far as torch can tell."""
+        now = [tensor._version for tensor in self._tensors]
+        for name, here, then in zip(self.layout.names, now, self._versions, strict=True):
+            if here != then:
+                raise RuntimeError(
+                    f"parameter {name!r} was changed between two steps, while the last one was being read off: change "
+                    "parameters in your optimizer's step only, or attach with Options(overlap=False)"
+                )
 
     def gradients(self, before: torch.Tensor, out: torch.Tensor) -> None:
         """Gradients, zero where there is none; of an averaged buffer, what its change would be the step of."""
@@ -114,7 +147,7 @@ class Turn(NamedTuple):
     """The user's: compute, from these weights, on so many samples."""
 
     weights: torch.Tensor
-    """The snapshot itself; valid, and not to be written, until the answer."""
+    """The snapshot itself, or where the loop is ahead what its tensors lack to be that; not to be written."""
     batch: int
 
 
@@ -135,6 +168,9 @@ class Guest:
         """``steps_itself``: the user's optimizer changes the module, else its gradients are taken. ``samples``: of all
         peers together; None: not known, and the global batch does not grow. ``keeps``: what else is in checkpoints."""
         self.places = places
+        self.ahead = False
+        """The user computes while its last step is taken in: from the second turn on it is told what it lacks."""
+        self._begun = False
         self._steps_itself = steps_itself
         self._samples = samples
         self._keeps = keeps or {}
@@ -189,8 +225,11 @@ class Guest:
 
         ``out`` is the user's whole step if its own optimizer made it (``optimizer`` then leaves it as it is).
         """
-        before = alias(weights)
-        self._turns.put(Turn(before, len(batch)))
+        before = given = alias(weights)
+        if self.ahead and self._begun:
+            self.places.behind(before, given := alias(out))
+        self._begun = True
+        self._turns.put(Turn(given, len(batch)))
         loss = self._answers.get()
         if loss is None:
             self._answers.put(None)
@@ -203,9 +242,9 @@ class Guest:
         return loss
 
     def state(self) -> dict[str, Any]:
-        """Of the user's things, which rest: a cut asks while the user waits for a turn, or has left."""
+        """Of the user's things, which rest: a cut asks while it is not the user's turn, or the user has left."""
         kept = {name: plain(keepable.state_dict()) for name, keepable in self._keeps.items()}
-        return {"kept": kept, "buffers": plain(self.places.own)}
+        return {"kept": kept, "buffers": plain(self.places.resting if self.ahead else self.places.own)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``. Raises ValueError when something else is kept now than was then."""
