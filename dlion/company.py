@@ -108,7 +108,9 @@ class Company:
             self._hand_over,
             afresh=self._early.clear,
         )
-        self.start_line = StartLine(self.membership, self.neighbours, self.porch, self._turn, settings.start_wait_s)
+        self.start_line = StartLine(
+            self.membership, self.neighbours, self.porch, self._turn, settings.start_wait_s, settings.begin_at_s
+        )
         self._put: Callable[[Item], None]
         self._wake: Callable[[], None]
 
@@ -131,6 +133,7 @@ class Company:
         ``end``: when it will be over, loop time, if that is known."""
         self.porch.open_until = math.inf if end is None else end - LATE_S
         self._begun = True
+        self._journal.begin()
         for item in self._early:
             self._put(item)
         self._early.clear()

@@ -5,6 +5,7 @@ Law: knows events and counters; decides nothing and waits for nothing.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -41,10 +42,13 @@ class Waits:
 
 
 class Journal:
-    """``now()`` is the node's clock: seconds since training began there."""
+    """``now()`` is the node's clock: seconds since training began there. ``clock()``: see ``Seams``."""
 
-    def __init__(self, me: PeerId, topology: Topology, log: RunLog, now: Callable[[], float]) -> None:
+    def __init__(
+        self, me: PeerId, topology: Topology, log: RunLog, now: Callable[[], float], clock: Callable[[], float] | None
+    ) -> None:
         self.meter = Meter()
+        self._clock = clock
         self._me = me
         self._topology = topology
         self._log = log
@@ -63,6 +67,10 @@ class Journal:
 
     def close(self) -> None:
         self._log.close()
+
+    def begin(self) -> None:
+        clock_s = asyncio.get_running_loop().time() if self._clock is None else self._clock()
+        self._log.write(runlog.Begin(t=self._now(), clock_s=round(clock_s, 6)))
 
     def batch(self, size: int, global_size: int) -> None:
         self._log.write(runlog.Batch(t=self._now(), size=size, global_size=global_size))

@@ -64,7 +64,7 @@ class Node:
         workload = learner.trainer.workload
         limits = Limits.of(workload.layout.size)
         chance = np.random.SeedSequence([seams.seed, *me.encode()]).spawn(3)
-        self.journal = Journal(me, topology, seams.log, lambda: self.now)
+        self.journal = Journal(me, topology, seams.log, lambda: self.now, seams.clock)
         self.meter = self.journal.meter
         session_limits = SessionLimits(
             message_bytes_max=limits.message_bytes_max, unacked_bytes_max=s.unacked_bytes_max, queue_s=s.queue_s

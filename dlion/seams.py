@@ -38,6 +38,8 @@ class NodeSettings:
     start_wait_s: float = 60.0
     """How long to wait for all neighbours before training starts without the missing; a bridge in place of a
     missing one is dialled for some seconds more."""
+    begin_at_s: float = 0.0
+    """Training does not begin before that, by the loop's clock: as in a run that is played again."""
     drain_s: float = 20.0
     refusals_max: int = 16
     """Inadmissible messages from one peer before it is quarantined."""
@@ -64,6 +66,8 @@ class Seams:
     """Given our part of every cut that is whole here; must not wait. None: no checkpoints are started."""
     spool: Spool = np.copy
     """Called in the exchange lane: copies an array for a part of a cut."""
+    clock: Callable[[], float] | None = None
+    """Seconds on a clock that all peers share; None: the loop's own is one, as in virtual time."""
     resume: Part | None = None
     """Go on from here; all peers of the run from the same cut."""
 

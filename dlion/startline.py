@@ -28,9 +28,10 @@ class StartLine:
         porch: Porch,
         turn: Callable[..., None],
         start_wait_s: float,
+        begin_at_s: float,
     ) -> None:
         self._membership, self._neighbours, self._porch, self._turn = membership, neighbours, porch, turn
-        self._start_wait_s = start_wait_s
+        self._start_wait_s, self._begin_at_s = start_wait_s, begin_at_s
         self._missing: list[PeerId] = []
         self.refusers: dict[PeerId, str] = {}
         """Who would not talk to us, and why."""
@@ -57,6 +58,8 @@ class StartLine:
             raise self._alone()
         neighbours.door.begin(loop.time() + 2 * self._start_wait_s)
         self._turn(*roster.presume(loop.time()))
+        if (early_s := self._begin_at_s - loop.time()) > 0:
+            await asyncio.sleep(early_s)
 
     async def _wait(
         self, patience_s: float, stopping: Callable[[], bool], change: Callable[[], Coroutine[Any, Any, None]]

@@ -8,12 +8,13 @@ program (needs root, see wan_lab). ``--trace``: hetero-system over again, with t
 what happened before ``--until`` counts, so that the drain does not; each ``--after`` is a table of its own, without the
 start.
 
-What must agree, live run against the simulation of the same seed:
+What must agree, live run against its replay in virtual time (the same seed and network; peers begin as far apart as
+they did, for how old updates are in whole steps follows from that):
 - steps of each peer, and bytes of each directed link and of all together: within 5 % (or one step: the one that was
   under way at the end);
 - quantiles of staleness: within 5 %, or less than one step, as they are whole numbers;
-- time to each target: the mean of the live runs against that of the simulated seeds, within the larger of 10 % and the
-  95 % interval of that mean.
+- time to each target: the mean of the live runs against that of simulated seeds, which know no live run, within the
+  larger of 10 % and the 95 % interval of that mean.
 A live run is void when the machine missed the modelled pace of steps, or of the work between steps, by more than 2 %,
 or was late as a network. It is repeated, up to ``--tries`` times, and never counted. Nothing is averaged away: the
 table shows the worst peer, the worst link, the worst run.
@@ -146,24 +147,36 @@ class Case:
 
     def run(self, way: str, seed: int) -> Facts:
         """Run once. Raises CalledProcessError with the run's own words on stderr."""
-        name = f"{Path(self.topology).stem}-{self.exchange}-{way}-{seed}"
-        directory = next(p for n in itertools.count() if not (p := self.out / f"{name}-{n}").exists())
+        directory = self._new(way, seed)
         verb = [str(SCRIPTS / "wan_lab.py")] if way == "lab" else ["-m", "dlion", way]
         before = ["chrt", "--rr", "1"] if self.realtime and way != "simulate" else []
         words = ["--job", self.job, "--topology", self.topology, "--exchange", self.exchange, "--until", self.until]
         words += [word for text in self.sets for word in ("--set", text)]
+        self._dlion([*before, sys.executable, *verb, *words, "--seed", str(seed)], directory)
+        found = facts(directory, way, (0.0, seconds(self.until)), self.targets)
+        if not found.void and json.loads((directory / "summary.json").read_text())["void"]:
+            return replace(found, void="the router was late")
+        return found
+
+    def replayed(self, live: Facts) -> Facts:
+        """The same run in virtual time. Raises CalledProcessError."""
+        directory = self._new(f"{live.way}-replayed", live.seed)
+        self._dlion([sys.executable, "-m", "dlion", "replay", live.directory], directory)
+        return facts(directory, "replay", (0.0, seconds(self.until)), self.targets)
+
+    def _new(self, way: str, seed: int) -> Path:
+        name = f"{Path(self.topology).stem}-{self.exchange}-{way}-{seed}"
+        return next(path for n in itertools.count() if not (path := self.out / f"{name}-{n}").exists())
+
+    def _dlion(self, command: Sequence[str], out: Path) -> None:
         source = str(Path(dlion.__file__).parent.parent)
         subprocess.run(
-            [*before, sys.executable, *verb, *words, "--seed", str(seed), "--out", str(directory), "--json"],
+            [*command, "--out", str(out), "--json"],
             check=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": source, "OPENBLAS_NUM_THREADS": "1"},
         )
-        found = facts(directory, way, (0.0, seconds(self.until)), self.targets)
-        if not found.void and json.loads((directory / "summary.json").read_text())["void"]:
-            return replace(found, void="the router was late")
-        return found
 
     def later(self, found: Facts, after: str) -> Facts:
         """The same run, counted from ``after`` on."""
@@ -188,7 +201,7 @@ def worst(
 
 
 def lines_of(live: Facts, simulated: Facts) -> Iterator[Line]:
-    """One live run against the simulation of the same seed; times are compared over all runs."""
+    """One live run against its replay; times are compared over all runs."""
     yield worst("steps per peer", live.steps, simulated.steps, sorted(simulated.steps), grain=1)
     both = sorted(live.link_bytes.keys() | simulated.link_bytes.keys())
     big = [k for k in both if simulated.link_bytes.get(k, 0) >= LINK_SHARE_MIN * simulated.all_bytes]
@@ -274,11 +287,12 @@ def main(topologies: tuple[str, ...], exchanges: tuple[str, ...], ways: tuple[st
             title = (
                 f"{exchange} on {Path(topology).stem}, {way}: {len(lives)} live runs of {case.until}, {len(void)} void"
             )
+            replays = [case.replayed(live) for live in lives]
             for after in ("0s", *options["afters"]):
-                models, alive = ([case.later(f, after) for f in some] for some in (simulated, lives))
-                lines = compared(alive, models)
+                models, alive, again = ([case.later(f, after) for f in some] for some in (simulated, lives, replays))
+                lines = compared(alive, again, models)
                 tell(console, f"{title}; from {after} on", lines)
-                everything = [*map(asdict, (*models, *alive, *void))]
+                everything = [*map(asdict, (*models, *alive, *again, *void))]
                 cases.append({"title": title, "after": after, "lines": [*map(asdict, lines)], "runs": everything})
             for one in void:
                 console.print(f"void: seed {one.seed}, {one.void}; overrun {one.overrun:.1%}")
@@ -290,11 +304,11 @@ def main(topologies: tuple[str, ...], exchanges: tuple[str, ...], ways: tuple[st
         sys.exit(1)
 
 
-def compared(lives: Sequence[Facts], simulated: Sequence[Facts]) -> list[Line]:
-    """Each live run against the simulation of its seed, the worst of them per line; then the times."""
+def compared(lives: Sequence[Facts], replays: Sequence[Facts], simulated: Sequence[Facts]) -> list[Line]:
+    """Each live run against its replay, the worst of them per line; then the times."""
     if not lives:
         return [Line("a run fit for timing", None, None, float("nan"), 0.0, False, "all were void")]
-    runs = [lines_of(live, simulated[live.seed]) for live in lives]
+    runs = [lines_of(live, again) for live, again in zip(lives, replays, strict=True)]
     worst_of = [max(same, key=lambda line: (not line.near, line.difference)) for same in zip(*runs, strict=True)]
     return [*worst_of, *times_of(lives, simulated)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from click.testing import CliRunner
 
 from dlion.cli.build import Plan
 from dlion.cli.errors import Fault
+from dlion.cli.planfile import save_plan
 from dlion.cli.replay import command, load_recorded
-from dlion.cli.simulate import run_simulation
+from dlion.cli.simulate import play, run_simulation
 from dlion.config import ConfigError, load_job, load_topology
 from dlion.mesh.changes import ChangeError, changed
 from dlion.mesh.presence import turns
 from dlion.messages import PeerId
+from dlion.observe.runlog import Begin, write_host
 from dlion.observe.sidebyside import pair, worst
 from dlion.simulation import Death
 
@@ -112,6 +115,24 @@ def test_a_peer_that_was_killed_is_killed_again(tmp_path: Path) -> None:
     run_simulation(Plan(job, load_topology("hetero-system")), tmp_path, (Death(PeerId("b1"), 6.0),))
     (gone,) = turns(load_recorded(tmp_path).plan.topology, 20)
     assert (gone.peer, gone.comes) == ("b1", False) and 4.0 < gone.at_s <= 6.0
+
+
+def test_peers_of_a_live_run_begin_as_far_apart_as_they_did(run: Path, tmp_path: Path) -> None:
+    """How old an update is in whole steps follows from that; a peer that came much later was not there at the start."""
+    plan = load_recorded(run).plan
+    save_plan(plan, tmp_path)
+    for peer, late_s in (("a1", 0.0), ("c1", 0.15)):
+        log = (run / f"{peer}.jsonl").read_text()
+        begun = re.sub(r'"clock_s":[\d.]+', f'"clock_s":{1.8e9 + late_s}', log)
+        (tmp_path / f"{peer}.jsonl").write_text(begun)
+        write_host(tmp_path, peer, {"host": "elsewhere"})
+    found = load_recorded(tmp_path)
+    assert found.begins == {"a1": 0.0, "c1": pytest.approx(0.15, abs=1e-5)}
+    assert not load_recorded(run).begins, "a simulated run is played as it was"
+    again = play(plan, begins=found.begins).run.peers
+    at = {peer: float(log[Begin]["clock_s"][0]) for peer, log in again.items()}
+    assert at["c1"] - at["a1"] == pytest.approx(0.15, abs=1e-5)
+    assert all(float(log[Begin]["t"][0]) == 0.0 for log in again.values())
 
 
 def test_changes_between_nothing_and_something() -> None:

@@ -29,12 +29,14 @@ from dlion.net.wan import Rate
 from dlion.observe.live import size
 from dlion.observe.read import Run, read_directory
 from dlion.observe.recording import recorded, topology
-from dlion.observe.runlog import End, run_digest
+from dlion.observe.runlog import Begin, End, run_digest
 from dlion.observe.sidebyside import Pair, SideBySide, side_by_side, worst
 
 DIED_BEFORE_S = 5.0
 """A log without a last line that ends so long before the others is that of a peer that died."""
 LINKS_SHOWN = 12
+BEGIN_WITHIN_S = 2.0
+"""Who begins later than the first by more was not there at the start."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Recorded:
     """Of the network as recorded or stated; who was killed is absent from then on."""
     notes: tuple[str, ...]
     """What is uncertain about the network that will be played."""
+    begins: Mapping[PeerId, float]
+    """Seconds by which each peer of a live run began later than the first."""
 
 
 @click.command()
@@ -67,7 +71,7 @@ def command(directory: Path, all_recorded: bool, out: Path | None, as_json: bool
     """
     found = load_recorded(directory, all_recorded)
     plan = altered(found.plan, options)
-    played = play(plan)
+    played = play(plan, begins=found.begins)
     if out is not None:
         write_run(plan, played, out)
     both = side_by_side(found.run, played.run, plan.job.evaluate.targets)
@@ -95,13 +99,22 @@ def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
         notes.append("the recorded run is void for timing: its machine was too busy")
     if run.seconds < plan.job.job.until_s:  # it was ended early
         plan = replace(plan, job=overruled(plan.job, {"job.until": run.seconds}))
-    return Recorded(run, replace(plan, topology=_with_deaths(network, run)), tuple(notes))
+    begins = _begins(run) if live else {}
+    return Recorded(run, replace(plan, topology=_with_deaths(network, run)), tuple(notes), begins)
 
 
 def altered(plan: Plan, options: Mapping[str, Any]) -> Plan:
     """``plan`` with what the options change in job and network; raises ConfigError, ChangeError."""
     network = changed(plan.topology, changes_of(options))
     return check(replace(plan, job=overruled(plan.job, flags_of(options)), topology=network))
+
+
+def _begins(run: Run) -> dict[PeerId, float]:
+    """Nothing where a log does not say when training began: it is of an older version."""
+    found = {PeerId(peer): float(log[Begin]["clock_s"][0]) for peer, log in run.peers.items() if log[Begin]["t"].size}
+    first = min(found.values(), default=0.0)
+    together = {peer: at - first for peer, at in found.items() if at - first < BEGIN_WITHIN_S}
+    return together if len(found) == len(run.peers) else {}
 
 
 def _with_deaths(network: Topology, run: Run) -> Topology:

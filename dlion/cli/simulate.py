@@ -108,6 +108,10 @@ ABSENT_WAIT_S = 2.0
 """Where peers come late, the others wait no longer for them to begin."""
 
 
+GREETINGS = 5
+"""So many of the longest delays after their start, all peers know each other."""
+
+
 def _incarnation(life: int) -> int:
     """Far enough from the last one: a newcomer begins a new life with every sponsor that it asks."""
     return 1 + 1000 * (life - 1)
@@ -136,9 +140,11 @@ def play(
     settings: NodeSettings | None = None,
     parts: Mapping[str, Part] | None = None,
     replica_of: PeerId | None = None,
+    begins: Mapping[PeerId, float] | None = None,
 ) -> Played:
     """Simulate ``plan``; peers come and go as their presence says. ``settings``: in place of the job's. ``parts``:
     of the checkpoint to go on from. ``replica_of``: this peer's training replica is measured beside its view.
+    ``begins``: seconds by which each peer begins later than the first one.
 
     The summary's hash covers every line of every peer's log.
     """
@@ -147,8 +153,9 @@ def play(
     started = time.perf_counter()
     job = plan.job
     leave, come = _presence(plan)
+    settings, begins = settings or node_settings(job), begins or {}
+    met_s = GREETINGS * max((link.delay_s for link in plan.topology.links.values()), default=0.0)
     if come:
-        settings = settings or node_settings(job)
         settings = replace(settings, start_wait_s=min(settings.start_wait_s, ABSENT_WAIT_S))
     memories = {peer: Memory() for peer in plan.peers}
     digests = {peer: Digest(memories[peer]) for peer in plan.peers}
@@ -156,9 +163,10 @@ def play(
 
     def make(peer: PeerId, dialer: MemoryDialer, compute: Compute) -> Node:
         workload = workload_of(plan, peer)
+        own = replace(settings, begin_at_s=met_s + begins[peer]) if peer in begins else settings
         observer = Evaluator(workload, job.evaluate.samples or None, measured, replicas=peer == replica_of)
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
-        return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=settings)
+        return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=own)
 
     result = simulate(plan.topology, make, (*deaths, *leave), births=come, start_s=start_s)
     logs = Logs(memories)

@@ -1,7 +1,8 @@
 """The run log: what one peer did, as typed events, one JSON object per line, in the order in which it happened.
 
-Law: owns the events and how they become bytes. Events hold only what a replay needs: no wall-clock time, no address,
-nothing of the host, so that the hash of a simulated run means something; those facts go to ``host.json`` beside it.
+Law: owns the events and how they become bytes. Events hold only what a replay needs: no address, nothing of the host,
+of time in the world only when each peer began (virtual in a simulation, whose hash thus means something); other facts
+go to ``host.json`` beside it.
 Knows no node and no reader (``read``). Times are seconds of the node's clock since the run's start.
 
 The schema, field by field: docs/runlog.md.
@@ -53,6 +54,12 @@ class Header(Event, frozen=True, gc=False, kw_only=True):
     topology: str
     model: str
     model_bytes: int
+
+
+class Begin(Event, frozen=True, gc=False, kw_only=True):
+    """Training began, or went on from a checkpoint's time ``t``. ``clock_s``: then, on a clock that all peers share."""
+
+    clock_s: float
 
 
 class Waited(msgspec.Struct, frozen=True, gc=False):
@@ -177,7 +184,7 @@ class End(Event, frozen=True, gc=False, kw_only=True):
     void: bool = False
 
 
-AnyEvent = Header | Step | Send | Apply | Batch | Member | Link | Refuse | Snapshot | Eval | Lag | End
+AnyEvent = Header | Begin | Step | Send | Apply | Batch | Member | Link | Refuse | Snapshot | Eval | Lag | End
 
 
 class Sink(Protocol):
