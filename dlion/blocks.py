@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from dlion.selection import Positions, Spectrum
+from dlion.selection import Positions, Spectrum, nonzero
 from dlion.tensors import CHUNK, Flat, Layout, add_scaled
 
 GROUP = 256
@@ -136,12 +136,14 @@ class Block(Struct, frozen=True, eq=False, dict=True):
         if self.indices is None:
             add_scaled(target, self.values, scale)
         else:
-            places = self.indices.astype(np.intp)  # what NumPy would convert to anyway, twice and slowly
-            added = target[places]
             values = vars(self).get("values")
             values = self._decoded() if values is None else values  # not kept: a sparse block is seldom added twice
-            added += values if scale == 1.0 else values * np.float32(scale)
-            target[places] = added
+            for lo in range(0, self.count, CHUNK):
+                places = self.indices[lo : lo + CHUNK].astype(np.intp)  # what NumPy would convert to, twice and slowly
+                added = target[places]
+                piece = values[lo : lo + CHUNK]
+                added += piece if scale == 1.0 else piece * np.float32(scale)
+                target[places] = added
 
 
 def dense(array: Flat, encoding: Encoding = Encoding.F32, *, start: int = 0, copy: bool = True) -> Block:
@@ -156,7 +158,10 @@ def sparse(
     array: Flat, indices: npt.NDArray[np.integer], encoding: Encoding = Encoding.I8, *, start: int = 0, scanned: int = 0
 ) -> Block:
     """``array[indices]`` of the range ``array``; indices strictly ascending. Raises ValueError as ``dense`` does."""
-    codes, scales = _quantise(array[indices.astype(np.intp, copy=False)], encoding)
+    chosen = np.empty(len(indices), dtype=np.float32)
+    for lo in range(0, len(indices), CHUNK):
+        chosen[lo : lo + CHUNK] = array[indices[lo : lo + CHUNK].astype(np.intp, copy=False)]
+    codes, scales = _quantise(chosen, encoding)
     places = indices.astype(np.uint32, copy=False)
     return Block(start, array.size, encoding, codes, scales, places, scanned or len(indices))
 
@@ -233,12 +238,12 @@ def entries_within(budget_bytes: int, size: int, encoding: Encoding) -> int:
 
 def _everything(array: Flat, encoding: Encoding, start: int) -> Block | None:
     """All that is not zero: as positions where zeros are many, else dense."""
-    nonzero = int(np.count_nonzero(array))
-    if nonzero == 0:
+    count = int(np.count_nonzero(array))
+    if count == 0:
         return None
-    if block_bytes(encoding, array.size) <= block_bytes(encoding, array.size, nonzero):
+    if block_bytes(encoding, array.size) <= block_bytes(encoding, array.size, count):
         return dense(array, encoding, start=start)
-    return sparse(array, np.flatnonzero(array), encoding, start=start, scanned=array.size)
+    return sparse(array, nonzero(array, count), encoding, start=start, scanned=array.size)
 
 
 def _chosen(array: Flat, positions: Positions, encoding: Encoding, start: int, scanned: int) -> Block | None:

@@ -26,6 +26,19 @@ TINY = np.float32(1.4e-45)
 _NONE: tuple[Positions, Flat] = np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.float32)
 
 
+def nonzero(array: npt.NDArray[np.generic], count: int) -> Positions:
+    """Ascending positions of the ``count`` entries that are not zero. NumPy finds them as wider integers, hence in
+    pieces, and among truths eight times faster than among numbers."""
+    found = np.empty(count, dtype=np.uint32)
+    at = 0
+    for lo in range(0, len(array), CHUNK):
+        here = np.flatnonzero(array[lo : lo + CHUNK].astype(np.bool_, copy=False))
+        here += lo
+        found[at : at + len(here)] = here
+        at += len(here)
+    return found
+
+
 class Spectrum:
     """The magnitudes of one array, ready to be asked for its largest entries several times (once per link).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from dlion.blocks import Encoding, sparse
 from dlion.checkpoint import CheckpointStore
 from dlion.cli.keep import to_checkpoint
 from dlion.company import NODE_KINDS
@@ -23,9 +25,11 @@ from dlion.learn.optimizers import Sgd
 from dlion.learn.schedules import Constant
 from dlion.learn.trainer import Trainer
 from dlion.learn.workload import Evaluation, Indices
-from dlion.messages import PeerId, Stream
+from dlion.messages import Message, PeerId, Stream
+from dlion.selection import nonzero
 from dlion.tensors import Flat, Layout, Tensors
 from dlion.wire.admit import Admit
+from dlion.wire.codec import decode, encode
 from dlion.wire.limits import Limits
 
 SIZE, STEPS, STEP_S = 400_000, 5, 0.1
@@ -162,6 +166,29 @@ def test_a_peer_keeps_what_it_declares_and_a_tenth(name: str, room: int) -> None
     bound = 4 * MODEL_BYTES + peer.state_bytes
     allowed = 1.1 * bound + FRESH.get(name, 0) * MODEL_BYTES + peer.message_bytes
     assert 4 * MODEL_BYTES <= used <= allowed, (used / MODEL_BYTES, bound / MODEL_BYTES)
+
+
+def test_a_sparse_message_takes_no_wider_positions() -> None:
+    """On its way it costs what it is and, as one byte each, which entries it names; here half of the model's."""
+    size = 1 << 21
+    array, chosen = np.ones(size, dtype=np.float32), np.arange(0, size, 2, dtype=np.uint32)
+    block = sparse(array, chosen, Encoding.F32)
+    body = encode(Message("update", blocks=(block,)))
+    ways: tuple[tuple[float, Callable[[], object]], ...] = (
+        (0.5, lambda: sparse(array, chosen, Encoding.F32)),
+        (0.5, lambda: nonzero(block.codes, size // 2)),
+        (0.5 + 1 / 32, lambda: encode(Message("update", blocks=(block,)))),
+        (0.5, lambda: decode(body, Limits.of(size))),
+        (0.0, lambda: block.add_to(array, -1.0)),
+    )
+    for kept, way in ways:
+        tracemalloc.start()
+        try:
+            way()
+            used = tracemalloc.get_traced_memory()[1] / array.nbytes
+        finally:
+            tracemalloc.stop()
+        assert used < kept + 0.35, (used, kept)
 
 
 def test_a_checkpoint_adds_no_array_of_the_models_size(tmp_path: Path) -> None:

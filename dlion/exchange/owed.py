@@ -15,7 +15,7 @@ import numpy as np
 
 from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
 from dlion.messages import PeerId, Span
-from dlion.selection import Spectrum
+from dlion.selection import Spectrum, nonzero
 from dlion.tensors import Flat, Layout, add_scaled
 
 SPANS_MAX = 16
@@ -194,7 +194,7 @@ def exact(flat: Flat, *, start: int = 0, copy: bool = True) -> Block:
     """``flat`` without loss, in the smaller of two forms; an empty block when all is zero. ``copy``: as ``dense``."""
     count = int(np.count_nonzero(flat))
     if block_bytes(Encoding.F32, flat.size, count) < block_bytes(Encoding.F32, flat.size):
-        return sparse(flat, np.flatnonzero(flat), Encoding.F32, start=start, scanned=flat.size)
+        return sparse(flat, nonzero(flat, count), Encoding.F32, start=start, scanned=flat.size)
     return dense(flat, start=start, copy=copy)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dlion.blocks import low_bits, low_planes
+from dlion.selection import nonzero
+from dlion.tensors import CHUNK
 
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.uint32]
@@ -35,7 +37,9 @@ def write(indices: Indices, size: int) -> list[Bytes]:
     rest = (indices >> np.uint32(8 * columns)).astype(np.uint8)
     parts += [np.packbits(rest & np.uint8(1 << n)) for n in range(planes)]
     bitmap = np.zeros(count + ((size - 1) >> low) + 1, dtype=np.bool_)
-    bitmap[(indices >> np.uint32(low)) + np.arange(count, dtype=np.uint32)] = True
+    for lo in range(0, count, CHUNK):
+        upper = indices[lo : lo + CHUNK] >> np.uint32(low)
+        bitmap[upper + np.arange(lo, lo + len(upper), dtype=np.uint32)] = True
     parts.append(np.packbits(bitmap))
     return parts
 
@@ -48,9 +52,10 @@ def read(data: Bytes, count: int, size: int) -> Indices:
     low = low_bits(count, size)
     columns, planes = low_planes(count, low)
     at = columns * count + planes * ((count + 7) >> 3)
-    indices = np.flatnonzero(np.unpackbits(data[at:]).view(np.bool_)).astype(np.uint32)
-    if len(indices) != count:
-        raise ValueError(f"{len(indices)} positions where {count} were announced")
+    bits = np.unpackbits(data[at:]).view(np.bool_)
+    if (there := int(np.count_nonzero(bits))) != count:
+        raise ValueError(f"{there} positions where {count} were announced")
+    indices = nonzero(bits, count)
     if low:
         indices -= np.arange(count, dtype=np.uint32)
         indices <<= np.uint32(low)
