@@ -68,15 +68,16 @@ def test_tfako_fits_each_link_and_scales_by_throughput() -> None:
     assert bench.transcript[1] == "a += [a:0]"
 
 
+def nudge(peer: str, step: int, weights: Flat) -> Flat:
+    values = 0.02 * weights
+    values[:5] = 2 * weights[:5]
+    return values
+
+
 def test_gaia_says_only_what_is_significant() -> None:
     layout = Layout(("w",), ((100,),))
     bench = Bench(partial(Gaia, threshold=0.1), 2, layout=layout)
     seat = bench.seats[PeerId("a")]
-
-    def nudge(peer: str, step: int, weights: Flat) -> Flat:
-        values = 0.02 * weights
-        values[:5] = 2 * weights[:5]
-        return values
 
     before = bench.seats[PeerId("b")].weights.copy()
     bench.step("a", nudge)
@@ -85,6 +86,14 @@ def test_gaia_says_only_what_is_significant() -> None:
     assert np.array_equal(bench.seats[PeerId("b")].weights[5:], before[5:])
     bench.drain()
     np.testing.assert_allclose(bench.seats[PeerId("b")].weights, seat.weights, rtol=1e-5)
+
+
+def test_gaia_leaves_alone_what_it_adds_where_that_is_held_back() -> None:
+    """It gathers in the update's own array only if that is said as it is."""
+    bench = Bench(partial(Gaia, threshold=0.1), 2, pace="lockstep", layout=Layout(("w",), ((100,),)))
+    bench.run(3, lambda peer, step, weights: nudge(peer, step, weights) * np.float32(1 + (peer == "a")))
+    bench.drain()
+    assert bench.disagreement < 1e-6
 
 
 def test_gaias_barrier_holds_the_receiver_until_the_update_is_there() -> None:

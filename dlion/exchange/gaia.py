@@ -22,6 +22,7 @@ from dlion.blocks import Block, Encoding, block_bytes, dense, sparse
 from dlion.exchange.base import Action, Add, Context, Send, Speech, Update
 from dlion.exchange.estates import Estates
 from dlion.messages import Message, PeerId, Span, Stream
+from dlion.selection import nonzero
 from dlion.tensors import CHUNK, Flat
 
 
@@ -39,13 +40,10 @@ class Gaia(Estates):
             raise ValueError(f"gaia: threshold must be 0 or more, got {threshold}")
         self.threshold = threshold
         self.barrier = barrier
-        self._gathered: Flat = np.zeros(0, dtype=np.float32)
+        self._gathered: Flat | None = None
+        """Own steps that are not said yet; None: all is said."""
         self._awaited: dict[PeerId, int] = {}
         """Steps of neighbours whose significant updates are announced and not here yet."""
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        self._gathered = np.zeros(ctx.layout.size, dtype=np.float32)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         values = update.values
@@ -53,8 +51,7 @@ class Gaia(Estates):
         self._last[ctx.me] = update.step
         coverage = (Span(ctx.me, update.step, update.step),)
         yield Add(values, coverage=coverage)
-        self._gathered += values
-        block = self._significant(ctx.weights, self.threshold / (update.step + 1) ** 0.5)
+        block = self._significant(values, ctx.weights, self.threshold / (update.step + 1) ** 0.5)
         behind = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if self._behind(p, ctx))
         if behind and block.count and self.barrier:
             fields = {"cloud": ctx.cloud}
@@ -83,44 +80,49 @@ class Gaia(Estates):
         return not self._awaited
 
     def drain(self, ctx: Context) -> Iterable[Action]:
-        if self._gathered.any():
-            rest, self._gathered = self._gathered, np.zeros_like(self._gathered)
+        rest, self._gathered = self._gathered, None
+        if rest is not None and rest.any():
             yield from self.spread(rest, (), ctx)
         yield from super().drain(ctx)
 
     def owes(self, ctx: Context) -> bool:
-        return bool(self._gathered.any()) or super().owes(ctx)
+        return (self._gathered is not None and bool(self._gathered.any())) or super().owes(ctx)
 
     def unsaid(self) -> Flat:
-        return self._gathered
+        return super().unsaid() if self._gathered is None else self._gathered
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "gathered": self._gathered, "awaited": dict(self._awaited)}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         super().restore(state, ctx)
-        self._gathered = np.array(state["gathered"], dtype=np.float32)
+        held = state["gathered"]
+        self._gathered = None if held is None else np.array(held, dtype=np.float32)
         self._awaited = dict(state["awaited"])
 
     def _behind(self, peer: PeerId, ctx: Context) -> bool:
         return peer in ctx.links and ctx.links[peer].writable_bytes <= 0
 
-    def _significant(self, weights: Flat, threshold: float) -> Block:
-        """The entries that have changed by more than ``threshold`` of their value, taken out of what is gathered."""
-        gathered, size = self._gathered, self._gathered.size
-        places = []
+    def _significant(self, values: Flat, weights: Flat, threshold: float) -> Block:
+        """Gather ``values``, and take out what has changed by more than ``threshold`` of its value. If that is nearly
+        all, the array itself is said: nothing is copied, and nothing kept."""
+        gathered = values
+        if self._gathered is not None:
+            gathered = self._gathered
+            gathered += values
+        size = gathered.size
+        significant = np.empty(size, dtype=np.bool_)
         for lo in range(0, size, CHUNK):
             bound = np.abs(weights[lo : lo + CHUNK])
             bound *= np.float32(threshold)
-            here = np.flatnonzero(np.abs(gathered[lo : lo + CHUNK]) > bound)
-            places.append((here + lo).astype(np.uint32))
-        count = sum(map(len, places))
+            np.greater(np.abs(gathered[lo : lo + CHUNK]), bound, out=significant[lo : lo + CHUNK])
+        count = int(np.count_nonzero(significant))
         if block_bytes(Encoding.F32, size) <= block_bytes(Encoding.F32, size, count):
-            del places
-            block = dense(gathered)
-            gathered[:] = 0
-            return block
-        chosen = np.concatenate(places)
-        block = sparse(gathered, chosen, Encoding.F32, scanned=size)
-        gathered[chosen] = 0
+            self._gathered = None
+            return dense(gathered, copy=False)
+        if gathered is values:
+            gathered = values.copy()  # what was added may be held back, and must not change
+        self._gathered = gathered
+        block = sparse(gathered, nonzero(significant, count), Encoding.F32, scanned=size)
+        block.add_to(gathered, -1.0)
         return block
