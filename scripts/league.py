@@ -48,6 +48,10 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
+PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in ("full", "gaia", "hop", "ako")
+}
+"""Others as their papers ran them: batches dealt by speed are DLion's. At the learning rate tuned with dealt batches."""
 ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, speculation 0": ("pride", {"exchange.settings.speculation": 0.0}),
     "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
@@ -82,7 +86,7 @@ class Spec:
         return json.dumps(asdict(self), sort_keys=True)
 
     def flags(self, data: Path) -> dict[str, object]:
-        known = {**STRATEGIES, **ABLATIONS}
+        known = {**STRATEGIES, **PUBLISHED, **ABLATIONS}
         name, changes = known.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
         return {
             "exchange.name": name,
@@ -295,7 +299,7 @@ def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of:
             strategy,
             scenario,
             int(seed),
-            SCENARIOS[scenario].rate or rates[strategy.partition(",")[0]],
+            SCENARIOS[scenario].rate or rates[strategy.partition(",")[0].removesuffix("-fixed")],
             of["until_s"],
             of["partition"],
             of["workload"],

@@ -43,6 +43,8 @@ neither by hand.
 - **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with
   seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least
   only where the next was the best of three. All else: defaults.
+- **-fixed**: as its paper ran it, with 64 samples a step everywhere. The rows without it are lent DLion's batches dealt
+  by compute power.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
   the horizon; who never arrives counts as "at least horizon / our time".
 - **Noise**: one seed is a hint, not a proof (see the column). Times closer than 15 %, or a ratio that lies on both
