@@ -24,7 +24,7 @@ from dlion.cli.build import Plan, check, modelled
 from dlion.cli.errors import BAD_DATA, TEMPORARY, Fault
 from dlion.cli.options import duration, flags_of, plan_of, run_options
 from dlion.cli.planfile import encode_plan
-from dlion.config import config_hash, load_job
+from dlion.config import config_hash, read_job
 from dlion.observe.league import Column, Outcome, Row, league, table
 from dlion.observe.live import percent, size
 
@@ -84,8 +84,8 @@ def cells_of(options: Mapping[str, Any], seeds: int) -> dict[str, Plan]:
     plans = []
     for name in names:
         for seed in range(base.job.job.seed, base.job.job.seed + seeds):
-            job = load_job(options["job"], flags_of({**options, "exchange": name, "seed": seed}))
-            plans.append(check(replace(base, job=job)))
+            job, origins = read_job(options["job"], flags_of({**options, "exchange": name, "seed": seed}))
+            plans.append(check(replace(base, job=job, origins=origins)))
     return {key_of(plan): plan for plan in plans}
 
 

@@ -7,6 +7,7 @@ end has the period null. Knows no log and no strategy.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,7 +114,7 @@ def load_plan(directory: Path) -> Plan:
     """What ``save_plan`` wrote. Raises Fault when it is not there or is damaged."""
     path = directory / NAME
     try:
-        return decode_plan(path.read_bytes(), str(path))
+        return replace(decode_plan(path.read_bytes(), str(path)), origins={"": str(path)})
     except FileNotFoundError:
         advice = "name a directory that dlion up or dlion simulate --out has written"
         what = "the run directory does not say what was run"

@@ -21,7 +21,7 @@ from dlion.cli.options import changes_of, flags_of
 from dlion.cli.planfile import load_plan
 from dlion.cli.record import doubts, whole
 from dlion.cli.simulate import play, write_run
-from dlion.config import overruled
+from dlion.config import flag_origins, overruled
 from dlion.mesh.changes import changed
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
@@ -106,7 +106,9 @@ def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
 def altered(plan: Plan, options: Mapping[str, Any]) -> Plan:
     """``plan`` with what the options change in job and network; raises ConfigError, ChangeError."""
     network = changed(plan.topology, changes_of(options))
-    return check(replace(plan, job=overruled(plan.job, flags_of(options)), topology=network))
+    flags = flags_of(options)
+    origins = {**plan.origins, **flag_origins(flags)}
+    return check(replace(plan, job=overruled(plan.job, flags), topology=network, origins=origins))
 
 
 def _begins(run: Run) -> dict[PeerId, float]:

@@ -121,7 +121,7 @@ def _presence(plan: Plan) -> tuple[tuple[Death, ...], tuple[Birth, ...]]:
     """Who goes and who comes when, by the topology; PresenceError where the strategy takes nobody who comes."""
     found = turns(plan.topology, plan.job.job.until_s)
     coming = [turn for turn in found if turn.comes]
-    strategy, pace = exchange_of(plan.job), pace_of(plan.job, exchange_of(plan.job))
+    strategy, pace = exchange_of(plan), pace_of(plan, exchange_of(plan))
     if coming and (pace.staged or not strategy.newcomers):
         raise PresenceError(
             f"{coming[0].peer} comes at {coming[0].at_s:g} s, but {strategy.name} at pace {pace.name} takes nobody "
