@@ -98,7 +98,8 @@ def decode_plan(data: bytes, source: str = "plan") -> Plan:
         job = msgspec.convert(file.job, Job)
         return Plan(job, _unpacked(file.topology_name, file.topology), file.run, file.shares)
     except (msgspec.MsgspecError, ValueError, IndexError) as error:
-        raise Fault(BAD_DATA, "a damaged plan", source, str(error)) from error
+        advice = "copy it again from where it was written"
+        raise Fault(BAD_DATA, "a damaged plan", source, str(error), advice) from error
 
 
 def save_plan(plan: Plan, directory: Path) -> Path:

@@ -42,7 +42,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot read: {error.strerror}", "a readable TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        what = f"not valid TOML: {error.reason} at byte {error.start}"
+        raise ConfigError(str(path), "", what, "text in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
 
 
