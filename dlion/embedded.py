@@ -88,7 +88,7 @@ def embed(
         members = "layout, train_size, global_train_size, initial, gradient, evaluate"
         raise TypeError(f"workload: expected an object with {members}, got {does!r}")
     keeping = Keeping(plan, name, directory, does.layout, Start(cut, fresh))
-    guest = Guest(learner_of(plan, name, does, exchange_of(plan.job)), node_settings(plan.job))
+    guest = Guest(learner_of(plan, name, does, exchange_of(plan)), node_settings(plan.job))
     made = assemble(plan, name, doors, directory, setup.addresses, guest, keeping)
     save_plan(plan, directory)  # not before: a run that lies there keeps its own when this one is refused
     agreement = Agreement(plan, name, () if keeping.part is None else (keeping.part.number,))  # it insists on its own

@@ -32,7 +32,7 @@ from dlion.cli.build import Plan, batcher_of, exchange_of, node_settings, optimi
 from dlion.cli.keep import Start
 from dlion.cli.peer import plan_of_peer
 from dlion.cli.planfile import save_plan
-from dlion.config import ConfigError, PeerSetup, load_setup
+from dlion.config import PeerSetup, load_setup
 from dlion.learn.batching import Fixed
 from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workloads.torch_guest import SIGNALS_EVERY_S, Buffers, Guest, Keepable, Places, Turn
@@ -364,15 +364,15 @@ def _learner(
     Raises ConfigError when the exchange cannot use what the loop gives.
     """
     job = plan.job
-    strategy = exchange_of(job)
+    strategy = exchange_of(plan)
     try:
         applied = guest.optimizer(optimizer_of(job, strategy.consumes))
     except ValueError as error:
-        raise ConfigError(job.job.name, "exchange.name", f'"{strategy.name}": {error}') from error
+        raise plan.wrong("exchange.name", f'"{strategy.name}": {error}') from error
     schedule = schedule_of(job)
     groups = getattr(optimizer, "param_groups", None)
     if groups:
         schedule = lambda _: float(groups[0]["lr"])  # noqa: E731
     trainer = Trainer(guest, applied, schedule, peer_seed(job.job.seed, peer))
     batcher = Fixed(batch) if batch is not None else batcher_of(plan, peer, guest.global_train_size)
-    return Learner(trainer, batcher), batch is not None and strategy.ahead and not pace_of(job, strategy).staged
+    return Learner(trainer, batcher), batch is not None and strategy.ahead and not pace_of(plan, strategy).staged

@@ -15,6 +15,7 @@ import pytest
 from dlion import cli
 from dlion.cli import errors
 from dlion.cli.options import duration
+from dlion.porch import NotShownIn
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +98,8 @@ def test_an_error_may_carry_its_own_exit_code() -> None:
 
     fault = errors.fault_of(Damaged("cut short"))
     assert fault is not None and (fault.code, fault.what) == (errors.BAD_DATA, "cut short")
+    fault = errors.fault_of(NotShownIn("the run is under way already"))
+    assert fault is not None and fault.code == errors.REFUSED, "though it is a LinkError, too"
 
 
 def test_known_errors_of_the_rooms_exist() -> None:

@@ -174,7 +174,7 @@ def test_a_wan_budget_is_never_exceeded() -> None:
 def test_a_budget_is_refused_by_who_keeps_none() -> None:
     job = load_job("toy", {"exchange.name": "full", "budget.wan_bytes_per_day": 1000})
     with pytest.raises(ConfigError, match="keeps no budget"):
-        exchange_of(job)
+        exchange_of(Plan(job, load_topology("homogeneous")))
 
 
 @pytest.mark.parametrize(

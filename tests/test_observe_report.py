@@ -117,7 +117,7 @@ def test_without_matplotlib_one_error_names_the_extra(tmp_path: Path, monkeypatc
     assert (fault.code, fault.advice) == (78, "pip install 'dlion[report]'")
 
 
-@pytest.mark.parametrize(("name", "code"), [("nowhere", 65), ("damaged", 65)])
+@pytest.mark.parametrize(("name", "code"), [("nowhere", 74), ("damaged", 65)])
 def test_bad_directories_end_with_their_exit_code(tmp_path: Path, name: str, code: int) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "a1.jsonl").write_text("nonsense\n")
@@ -125,7 +125,7 @@ def test_bad_directories_end_with_their_exit_code(tmp_path: Path, name: str, cod
     assert isinstance(result.exception, Exception)
     fault = fault_of(result.exception)
     assert fault is not None
-    assert fault.code == code and str(tmp_path / name) in fault.what
+    assert fault.code == code and str(tmp_path / name) in fault.text() and fault.advice
 
 
 def test_labels_are_moved_apart_and_stay_inside() -> None:

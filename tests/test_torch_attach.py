@@ -149,7 +149,7 @@ def test_a_loop_trains_with_a_peer_that_dlion_runs(tmp_path: Path) -> None:
 
     async def application() -> int:
         plan, finite = plan_of_peer(peers["b"]), Finite(steps)
-        learner = learner_of(plan, PeerId("b"), finite, exchange_of(plan.job))
+        learner = learner_of(plan, PeerId("b"), finite, exchange_of(plan))
         introduce = partial(asyncio.to_thread, meeting.of("b"))
         guest = host.Guest(learner, node_settings(plan.job))
         doors = host.Doors(("127.0.0.1", 0), None)

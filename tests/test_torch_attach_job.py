@@ -49,7 +49,7 @@ def test_the_modules_own_optimizer_makes_the_step(tmp_path: Path) -> None:
     """Adam's first step is the learning rate in the direction of the gradient's sign, whatever the job's optimizer."""
     plan = plan_of_peer(setups(tmp_path, [PEER])[PEER])
     workload = build(WorkloadSpec("mine"), 0, (), ())
-    learner = learner_of(plan, PEER, workload, exchange_of(plan.job))
+    learner = learner_of(plan, PEER, workload, exchange_of(plan))
     moved = learner.trainer.step(workload.initial(0).flat, 4, 0.0).values
     assert np.isclose(np.abs(moved[moved != 0]), RATE, rtol=1e-3).mean() > 0.9
 
@@ -57,7 +57,7 @@ def test_the_modules_own_optimizer_makes_the_step(tmp_path: Path) -> None:
 def test_an_exchange_of_gradients_refuses_it(tmp_path: Path) -> None:
     plan = plan_of_peer(setups(tmp_path, [PEER], f"{__name__}:Averages")[PEER])
     with pytest.raises(ConfigError, match="cannot be used with a torch optimizer"):
-        learner_of(plan, PEER, build(WorkloadSpec("mine"), 0, (), ()), exchange_of(plan.job))
+        learner_of(plan, PEER, build(WorkloadSpec("mine"), 0, (), ()), exchange_of(plan))
 
 
 def test_a_torch_job_computes_on_one_thread(tmp_path: Path) -> None:

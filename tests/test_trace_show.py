@@ -89,10 +89,9 @@ def test_what_to_do_fits_what_is_wrong(tmp_path: Path) -> None:
         archive.add(tmp_path / "table.csv", "table.csv")
     csv = ("--time", "t", "--column", "down")
     for name, args, what, advice in (
-        ("gone.csv", (), "cannot be read: No such file", ""),
+        ("gone.csv", (), "cannot be read: No such file", "may read"),
         ("table.csv", ("--column", "down"), "no column 'time'", "--time"),
         ("table.csv", csv, ":3: ", "mend this line"),
-        ("table.csv", (*csv, "--unit", "ells"), "unknown unit 'ells'", ""),
         ("plain.gz", (), "cannot be unpacked", "as it is packed"),
         ("cut.xz", (), "cannot be unpacked", "fetch it again"),
         ("some.tar.xz::other", (), "no file 'other' in it", "trace show"),
@@ -101,7 +100,7 @@ def test_what_to_do_fits_what_is_wrong(tmp_path: Path) -> None:
             shown(str(tmp_path / name), *args)
         fault = fault_of(refused.value)
         assert fault is not None and what in fault.what and "Errno" not in fault.what
-        assert advice in fault.advice if advice else fault.advice == "", name
+        assert advice in fault.advice, name
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:

@@ -5,12 +5,19 @@ Law: the one place where files' values become objects of all rooms. Knows every 
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from inspect import Parameter, signature
 from pathlib import Path
 
+import msgspec
+
 from dlion import __version__, exchange
-from dlion.config import ConfigError, Job, config_hash, job_hash
+from dlion.config import ConfigError, Job, Origins, config_hash, job_hash, origin_of
+from dlion.config.errors import did_you_mean, one_of
+from dlion.config.reader import show
 from dlion.cut import name_of
 from dlion.exchange.base import Exchange
 from dlion.exchange.pace import PACES, Backup, Bounded, Pace
@@ -37,28 +44,77 @@ class Plan:
     run: str = "run"
     shares: tuple[float, ...] = ()
     """Data shares of the peers in sorted order; () = equal."""
+    origins: Origins = field(default_factory=dict, compare=False)
+    """Where the job's keys came from, as far as anybody knows."""
 
     @property
     def peers(self) -> list[PeerId]:
         return sorted(self.topology.peers)
 
+    def wrong(self, key: str, found: str, expected: str = "", hint: str = "") -> ConfigError:
+        """A value of the job that makes no sense."""
+        return ConfigError(origin_of(self.origins, key) or self.job.job.name, key, found, expected, hint)
 
-def exchange_of(job: Job) -> Exchange:
+
+PLAIN: Mapping[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
+"""Types of settings that are told from their annotations."""
+Unknown = exchange.UnknownExchangeError | workloads.UnknownWorkloadError
+
+
+def _unknown(plan: Plan, key: str, error: Unknown, names: Iterable[str]) -> ConfigError:
+    """What stands at ``key`` names nothing, or nothing that can be had."""
+    found = f"found {show(error.name)}"
+    if error.why:
+        return plan.wrong(key, f"{found}: {error.why}", error.expected)
+    return plan.wrong(key, found, error.expected, did_you_mean(error.name, names))
+
+
+def exchange_of(plan: Plan) -> Exchange:
     """The strategy with its settings; raises ConfigError."""
-    table = job.exchange
+    name = plan.job.exchange.name
     try:
-        cls = exchange.find(table.name)
-    except ValueError as error:
-        raise ConfigError(job.job.name, "exchange.name", str(error)) from error
+        cls = exchange.find(name)
+    except exchange.UnknownExchangeError as error:
+        raise _unknown(plan, "exchange.name", error, exchange.names()) from error
+    settings = settings_of(plan, cls)
+    _check_settings(plan, cls)
     try:
-        made = cls(**settings_of(job, cls))
+        made = cls(**settings)
     except (TypeError, ValueError) as error:
-        raise ConfigError(job.job.name, "exchange.settings", f"{table.name}: {error}") from error
+        raise _wrong_setting(plan, cls.name, str(error)) from error
     return made
 
 
-def settings_of(job: Job, cls: type[Exchange]) -> dict[str, object]:
-    """The strategy's own settings, and the job-wide ones that it takes."""
+def _check_settings(plan: Plan, cls: type[Exchange]) -> None:
+    """Every setting is one that the strategy takes, and of its type where that is a plain one."""
+    takes = signature(cls).parameters
+    if any(p.kind is Parameter.VAR_KEYWORD for p in takes.values()):
+        return
+    for name, value in plan.job.exchange.settings.items():
+        key = f"exchange.settings.{name}"
+        if name not in takes:
+            expected = f"a setting of {cls.name}, {one_of(takes)}"
+            raise plan.wrong(key, "unknown key", expected, did_you_mean(name, takes))
+        written = takes[name].annotation
+        kind = PLAIN.get(getattr(written, "__name__", written))
+        try:
+            msgspec.convert(value, kind or object)
+        except msgspec.ValidationError:
+            raise plan.wrong(key, f"found {show(value)}", kind.__name__ if kind else "") from None
+
+
+def _wrong_setting(plan: Plan, strategy: str, why: str) -> ConfigError:
+    """The strategy's own words, at the one setting that they are about, if that can be told."""
+    why = why.removeprefix(f"{strategy}: ")
+    named = [name for name in plan.job.exchange.settings if re.search(rf"\b{re.escape(name)}\b", why)]
+    if len(named) != 1:
+        return plan.wrong("exchange.settings", f"{strategy}: {why}")
+    return plan.wrong(f"exchange.settings.{named[0]}", why.removeprefix(f"{named[0]} "))
+
+
+def settings_of(plan: Plan, cls: type[Exchange]) -> dict[str, object]:
+    """The strategy's own settings, and the job-wide ones that it takes; raises ConfigError."""
+    job = plan.job
     settings = dict(job.exchange.settings)
     if "weighting" in getattr(cls.__init__, "__annotations__", {}):
         settings.setdefault("weighting", job.batching.weighting)
@@ -66,19 +122,20 @@ def settings_of(job: Job, cls: type[Exchange]) -> dict[str, object]:
     limits = [limit for limit in (per_s, None if per_day is None else per_day / 86400) if limit is not None]
     if limits:
         if "wan_bytes_per_s" not in cls.__init__.__annotations__:
-            raise ConfigError(job.job.name, "budget", f"{cls.name} keeps no budget", "a strategy that does: pride")
+            key = "budget.wan_bytes_per_day" if per_s is None else "budget.wan_bytes_per_s"
+            raise plan.wrong(key, f"{cls.name} keeps no budget", "a strategy that does: pride")
         settings.setdefault("wan_bytes_per_s", min(limits))
     return settings
 
 
-def pace_of(job: Job, made: Exchange) -> Pace:
+def pace_of(plan: Plan, made: Exchange) -> Pace:
     """The job's pace, or the strategy's own; raises ConfigError for one that makes no sense with the strategy."""
+    job = plan.job
     name = job.pace.name or made.pace
     if name not in PACES:
-        raise ConfigError(job.job.name, "pace.name", f'found "{name}"', f"one of {', '.join(PACES)}")
+        raise plan.wrong("pace.name", f"found {show(name)}", one_of(PACES), did_you_mean(name, PACES))
     if name not in made.paces:
-        found, sensible = f'"{name}" makes no sense with {made.name}', f"one of {', '.join(made.paces)}"
-        raise ConfigError(job.job.name, "pace.name", found, sensible)
+        raise plan.wrong("pace.name", f'"{name}" makes no sense with {made.name}', one_of(made.paces))
     cls = PACES[name]
     if cls is Bounded:
         return Bounded(job.pace.staleness)
@@ -100,8 +157,10 @@ def workload_of(plan: Plan, peer: PeerId) -> Workload:
     )
     try:
         workload = workloads.build(spec, peers.index(peer), peers, plan.shares or (1.0,) * len(peers))
+    except workloads.UnknownWorkloadError as error:
+        raise _unknown(plan, "job.workload", error, workloads.WORKLOADS) from error
     except ValueError as error:
-        raise ConfigError(job.job.name, "job.workload", str(error)) from error
+        raise plan.wrong("job.workload", f"{show(spec.name)}: {error}") from error
     _one_thread(workload)
     return workload
 
@@ -158,7 +217,7 @@ def learner_of(plan: Plan, peer: PeerId, workload: Workload, strategy: Exchange)
         try:
             optimizer = workload.optimizer(optimizer)
         except ValueError as error:
-            raise ConfigError(job.job.name, "exchange.name", f'"{strategy.name}": {error}') from error
+            raise plan.wrong("exchange.name", f'"{strategy.name}": {error}') from error
     trainer = Trainer(workload, optimizer, schedule_of(job), peer_seed(job.job.seed, peer))
     return Learner(trainer, batcher_of(plan, peer, workload.global_train_size))
 
@@ -229,19 +288,28 @@ def node_of(
 ) -> Node:
     """The node of ``peer``, with its header written. ``learner``: in place of the job's, around ``workload``."""
     job = plan.job
-    strategy = exchange_of(job)
+    strategy = exchange_of(plan)
     learner = learner or learner_of(plan, peer, workload, strategy)
     identity = identity_of(plan, peer, workload, incarnation)
     if seams.resume is not None:
         identity = replace(identity, cut=name_of(seams.resume.number))
     write_header(plan, identity, workload, seams.log)
-    pace = pace_of(job, strategy)
+    pace = pace_of(plan, strategy)
     return Node(identity, plan.topology, learner, strategy, pace, seams, settings or node_settings(job))
 
 
 def check(plan: Plan) -> Plan:
     """``plan``, after its strategy, settings and pace were found to make sense; raises ConfigError."""
-    pace_of(plan.job, exchange_of(plan.job))
+    pace_of(plan, exchange_of(plan))
+    return plan
+
+
+def known_workload(plan: Plan) -> Plan:
+    """``plan``, after its workload was found to be one that dlion can make by its name; raises ConfigError."""
+    try:
+        workloads.check(plan.job.job.workload)
+    except workloads.UnknownWorkloadError as error:
+        raise _unknown(plan, "job.workload", error, workloads.WORKLOADS) from error
     return plan
 
 

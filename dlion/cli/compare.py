@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,10 +22,11 @@ from rich.table import Table
 from dlion import __version__
 from dlion.cli import engines
 from dlion.cli.build import Plan, check, modelled
-from dlion.cli.errors import BAD_DATA, TEMPORARY, Fault
+from dlion.cli.errors import BAD_DATA, CANNOT_WRITE, TEMPORARY, Fault, writing
 from dlion.cli.options import duration, flags_of, plan_of, run_options
+from dlion.cli.planfile import NAME as PLAN
 from dlion.cli.planfile import encode_plan
-from dlion.config import config_hash, load_job
+from dlion.config import config_hash, read_job
 from dlion.observe.league import Column, Outcome, Row, league, table
 from dlion.observe.live import percent, size
 
@@ -49,15 +51,28 @@ def command(seeds: int, at: str | None, workers: int | None, engine: str, **opti
     plan = next(iter(cells.values()))
     until_s = plan.job.job.until_s
     at_s = [duration(text, "--at") for text in at.split(",")] if at else [until_s / 4, until_s / 2, until_s]
+    compute = _engine(engine, workers, options)
     out: Path = options["out"] or Path(f"compare-{plan.job.job.name}-{plan.topology.name}")
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / PLAN).exists():
+        raise Fault(
+            CANNOT_WRITE, "a run lies there", str(out), "results beside its logs would hide it", "another --out"
+        )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     known = {key: outcome for key, outcome in read_results(out / RESULTS).items() if outcome.summary is not None}
     missing = {key: one for key, one in cells.items() if key not in known}
-    with (out / RESULTS).open("ab", buffering=0) as file:
-        known |= _computed(missing, len(cells), _engine(engine, workers, options), file)
+    with writing(out):
+        file = (out / RESULTS).open("ab", buffering=0)
+    with file:
+        try:
+            known |= _computed(missing, len(cells), compute, file)
+        except KeyboardInterrupt:
+            click.echo(f"stopped: the same command goes on from {out / RESULTS}", err=True)
+            raise
     rows = league([known[key] for key in cells], at_s)
     title = f"{plan.job.job.name} over {plan.topology.name}, {until_s:g} s"
-    written = _draw(out, title, rows, [known[key] for key in cells])
+    with writing(out):
+        written = _draw(out, title, rows, [known[key] for key in cells])
     if options["as_json"]:
         head = {"job": plan.job.job.name, "topology": plan.topology.name, "until_s": until_s}
         click.echo(msgspec.json.encode(head | {"rows": [asdict(row) for row in rows]}).decode())
@@ -79,13 +94,15 @@ def cell() -> None:
 def cells_of(options: Mapping[str, Any], seeds: int) -> dict[str, Plan]:
     """Key -> plan, strategy by strategy. All are checked before the first one runs; raises ConfigError."""
     names = [name.strip() for name in (options["exchange"] or "").split(",") if name.strip()]
+    if options["exchange"] is not None and not names:
+        raise click.BadParameter("name one or more strategies, by commas", param_hint="--exchange")
     base = modelled(plan_of({**options, "exchange": names[0] if names else None}))
     names = list(dict.fromkeys(names)) or [base.job.exchange.name]
     plans = []
     for name in names:
         for seed in range(base.job.job.seed, base.job.job.seed + seeds):
-            job = load_job(options["job"], flags_of({**options, "exchange": name, "seed": seed}))
-            plans.append(check(replace(base, job=job)))
+            job, origins = read_job(options["job"], flags_of({**options, "exchange": name, "seed": seed}))
+            plans.append(check(replace(base, job=job, origins=origins)))
     return {key_of(plan): plan for plan in plans}
 
 
@@ -106,7 +123,8 @@ def read_results(path: Path) -> dict[str, Outcome]:
             outcome = msgspec.json.decode(line, type=Outcome) if line else None
         except msgspec.MsgspecError as error:
             if number < len(lines):
-                raise Fault(BAD_DATA, "a damaged results file", f"{path}, line {number}", str(error)) from error
+                where, advice = f"{path}, line {number}", "take that line out, or name another --out"
+                raise Fault(BAD_DATA, "a damaged results file", where, str(error), advice) from error
             path.write_bytes(path.read_bytes()[: -len(line)])
             break
         if outcome is not None:
@@ -114,13 +132,20 @@ def read_results(path: Path) -> dict[str, Outcome]:
     return found
 
 
-Engine = Callable[[Mapping[str, bytes]], Iterator[tuple[str, bytes | engines.Failure]]]
+Engine = Callable[[Mapping[str, bytes]], Generator[tuple[str, bytes | engines.Failure], None, None]]
 """Encoded plans by key -> what came of each, as they finish."""
 
 
 def _engine(name: str, workers: int | None, options: Mapping[str, Any]) -> Engine:
+    address = options["ray_address"]
     if name == "ray":
-        return lambda plans: engines.on_ray(plans, options["ray_address"])
+        if workers:
+            raise click.BadParameter("a Ray cluster runs as many as its cores allow", param_hint="--workers")
+        import ray  # noqa: F401 - what is missing is said before anything is written
+
+        return lambda plans: engines.on_ray(plans, address)
+    if address is not None:
+        raise click.BadParameter("it needs --on ray", param_hint="--ray-address")
     return lambda plans: engines.on_processes(plans, workers or engines.cores())
 
 
@@ -128,18 +153,16 @@ def _computed(missing: Mapping[str, Plan], total: int, engine: Engine, file: Bin
     """Run the missing cells; each is written and told on stderr as it finishes."""
     if len(missing) < total:
         click.echo(f"cells: {total - len(missing)}/{total} are in the results file", err=True)
-    started, found = time.monotonic(), {}
-    for key, result in _results(missing, engine):
-        found[key] = outcome = outcome_of(key, missing[key], result)
-        file.write(msgspec.json.encode(outcome) + b"\n")
-        count = total - len(missing) + len(found)
-        click.echo(f"cells: {count}/{total}  {_told(outcome)}  elapsed: {time.monotonic() - started:.0f} s", err=True)
+    started, found = time.monotonic(), dict[str, Outcome]()
+    if not missing:
+        return found
+    with closing(engine({key: encode_plan(plan) for key, plan in missing.items()})) as results:
+        for key, result in results:
+            found[key] = outcome = outcome_of(key, missing[key], result)
+            file.write(msgspec.json.encode(outcome) + b"\n")
+            count, elapsed = total - len(missing) + len(found), time.monotonic() - started
+            click.echo(f"cells: {count}/{total}  {_told(outcome)}  elapsed: {elapsed:.0f} s", err=True)
     return found
-
-
-def _results(missing: Mapping[str, Plan], engine: Engine) -> Iterator[tuple[str, bytes | engines.Failure]]:
-    if missing:
-        yield from engine({key: encode_plan(plan) for key, plan in missing.items()})
 
 
 def outcome_of(key: str, plan: Plan, result: bytes | engines.Failure) -> Outcome:

@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 import msgspec
 
-from dlion.cli.build import Plan
+from dlion.cli.build import Plan, check
 from dlion.cli.up import default_out, finish, run_up
-from dlion.config import load_job, load_topology
+from dlion.config import load_topology, read_job
 from dlion.observe.summary import Summary
 
 ALTERNATIVES = ("full", "dlion")
@@ -34,8 +34,9 @@ def command(until: str, exchange: str, alone: bool, out: Path | None) -> None:
     Kill any of the processes while it runs: the others go on. Afterwards other strategies run over the same links in
     virtual time, and the report compares them.
     """
-    job = load_job("digits", {"job.until": until, "exchange.name": exchange, "evaluate.every": EVALUATE_EVERY})
-    plan = Plan(job, load_topology("demo"), run="demo")
+    flags = {"job.until": until, "exchange.name": exchange, "evaluate.every": EVALUATE_EVERY}
+    job, origins = read_job("digits", flags)
+    plan = check(Plan(job, load_topology("demo"), run="demo", origins=origins))
     directory = out or default_out(plan)
     summary, pride = run_up(plan, directory)
     names = [name for name in ALTERNATIVES if name != exchange and not alone and not pride.stopping]

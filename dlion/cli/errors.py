@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 BUG = 1
@@ -80,18 +81,34 @@ def fault_of(error: Exception) -> Fault | None:
     unwritable = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT)
     if isinstance(error, OSError) and (unwritable or error.filename is not None):
         code, where = CANNOT_WRITE if unwritable else CANNOT_READ, str(error.filename or "")
-        return Fault(code, "cannot read or write a file", where, error.strerror or str(error))
+        advice = "make room there" if unwritable else "check the path, and what this user may do there"
+        return Fault(code, "cannot read or write a file", where, error.strerror or str(error), advice)
     return None
 
 
 def _known(error: Exception) -> tuple[int, str] | None:
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code, ""
     for name, outcome in KNOWN.items():
         module, _, kind = name.partition(":")
         cls = getattr(sys.modules.get(module), kind, None)
         if cls is not None and isinstance(error, cls):
             return outcome
-    code = getattr(error, "exit_code", None)
-    return (code, "") if isinstance(code, int) else None
+    return None
+
+
+@contextmanager
+def writing(where: object) -> Iterator[None]:
+    """What cannot be written is told as that: an OSError does not say whether it was to be read."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        advice = "name another place, or make room or a folder there that this user may write to"
+        why = error.strerror or str(error)
+        raise Fault(CANNOT_WRITE, "cannot write", str(error.filename or where), why, advice) from error
 
 
 def bug_notice(error: Exception, version: str) -> str:

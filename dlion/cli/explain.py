@@ -104,7 +104,7 @@ def suspects(found: Recorded, times: Mapping[str, PeerTime], uses: Mapping[tuple
     targets, curve = plan.job.evaluate.targets, mean_accuracy(found.run)
     if targets and time_to(curve, min(targets)) is not None:  # larger batches mean more samples, not more learnt
         made.append(_setting(plan, "train.batch", plan.job.train.batch))
-    bounded = isinstance(pace_of(plan.job, exchange_of(plan.job)), Bounded) and plan.job.pace.staleness > 1
+    bounded = isinstance(pace_of(plan, exchange_of(plan)), Bounded) and plan.job.pace.staleness > 1
     if bounded and max((t["pace"] for t in times.values()), default=0.0) > PACE_WAIT_MIN:
         made.append(_setting(plan, "pace.staleness", plan.job.pace.staleness))
     return made

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
 import click
 
-from dlion.cli.errors import BAD_DATA, USAGE, Fault
+from dlion.cli.errors import BAD_DATA, USAGE, Fault, writing
 from dlion.config import load_topology
 from dlion.config.errors import did_you_mean
 from dlion.config.units import UNITS
@@ -64,8 +64,9 @@ def from_matrix(  # noqa: PLR0917 - one per option
     names = [name.strip() for name in regions.split(",") if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise Fault(USAGE, f"--regions: found {regions!r}", advice="name two or more different regions")
-    measured = _measured(throughput, bandwidth, latency, _tiers(tier))
-    _check(measured, names)
+    stated = _stated(bandwidth)
+    measured = _measured(throughput, bandwidth, stated, latency, _tiers(tier))
+    _check(measured, names, {"throughput": throughput or "", "latency": latency or throughput or ""})
     clouds = {name: _slug(name) for name in names}
     if len(set(clouds.values())) < len(names):
         raise Fault(USAGE, "two regions have one name when reduced to letters, digits and -", ", ".join(names))
@@ -79,7 +80,8 @@ def from_matrix(  # noqa: PLR0917 - one per option
         *_clouds(clouds, peers_per_region, speeds),
         *_links(measured, clouds, peers_per_region, shared),
     ]
-    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing(out):
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = load_topology(out)
     click.echo(f"{out}: {len(made.peers)} peers, {len(made.clouds)} micro-clouds, {len(made.links)} links")
     if len(speeds) < len(names):
@@ -94,7 +96,11 @@ def _tiers(tier: str | None) -> tuple[str, str] | None:
 
 
 def _measured(
-    throughput: str | None, bandwidth: str | None, latency: str | None, tiers: tuple[str, str] | None
+    throughput: str | None,
+    bandwidth: str | None,
+    stated: float,
+    latency: str | None,
+    tiers: tuple[str, str] | None,
 ) -> Measured:
     """Read the files, whichever kind they are. Raises Fault, TraceError."""
     where = f" (tier {'/'.join(tiers)})" if tiers else ""
@@ -116,19 +122,28 @@ def _measured(
     if throughput:
         rates = matrices.throughput(throughput, tiers=tiers)
         return Measured(rates, trips, (f"bandwidth: {Path(throughput).name}{where}", source))
+    return Measured(stated, trips, (f"bandwidth: {bandwidth}, as stated, not measured", source))
+
+
+def _stated(bandwidth: str | None) -> float:
+    """Bits per second; 0 where none is given. Raises Fault."""
+    if bandwidth is None:
+        return 0.0
     parse, words = UNITS["bits_per_s"]
     try:
-        stated = parse(bandwidth)
+        found = parse(bandwidth)
     except ValueError:
-        raise Fault(USAGE, f"--bandwidth: found {bandwidth!r}", advice=words) from None
-    return Measured(stated, trips, (f"bandwidth: {bandwidth}, as stated, not measured", source))
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise Fault(USAGE, f"--bandwidth: found {bandwidth!r}", advice=f"{words}, above 0")
+    return found
 
 
 def _header(path: str) -> str:
     return traces.text(path).partition("\n")[0]
 
 
-def _check(measured: Measured, names: Sequence[str]) -> None:
+def _check(measured: Measured, names: Sequence[str], files: Mapping[str, str]) -> None:
     """Every region known, every pair measured; all that is missing is named at once."""
     tables = [("latency", measured.round_trip_s)]
     if isinstance(measured.bandwidth, Matrix):
@@ -137,7 +152,7 @@ def _check(measured: Measured, names: Sequence[str]) -> None:
         for name in names:
             if name not in table.names:
                 hint = did_you_mean(name, table.names) or f"it has {_some(table.names)}"
-                raise Fault(BAD_DATA, f"the {what} file has no region {name!r}", advice=hint)
+                raise Fault(BAD_DATA, f"the {what} file has no region {name!r}", files[what], advice=hint)
     missing = [f"{what} {a} -> {b}" for what, table in tables for a, b in table.missing(names)]
     if missing:
         raise Fault(BAD_DATA, f"{len(missing)} pairs were not measured", why=_some(missing), advice="other regions")

@@ -89,11 +89,11 @@ def duration(text: str, option: str) -> float:
 
 def plan_of(options: Mapping[str, Any]) -> Plan:
     """The run that the options describe; raises ConfigError."""
-    from dlion.cli.build import Plan, check
-    from dlion.config import load_job, load_topology
+    from dlion.cli.build import Plan, check, known_workload
+    from dlion.config import load_topology, read_job
     from dlion.mesh.changes import changed, started
 
-    job = load_job(options["job"], flags_of(options))
+    job, origins = read_job(options["job"], flags_of(options))
     topology = load_topology(options["topology"], talk=options["talk"])
     topology = changed(started(topology, duration(options.get("start") or "0", "--start")), changes_of(options))
-    return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
+    return known_workload(check(Plan(job, topology, run=f"{job.job.name}@{topology.name}", origins=origins)))

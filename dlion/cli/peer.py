@@ -41,7 +41,7 @@ def plan_of_peer(setup: PeerSetup) -> Plan:
     job, topology, name = setup.job, setup.topology, PeerId(setup.peer.name)
     if setup.speed is not topology.peers[name].speed:
         topology = replace(topology, peers={**topology.peers, name: replace(topology.peers[name], speed=setup.speed)})
-    return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}"))
+    return check(Plan(job, topology, run=f"{job.job.name}@{topology.name}", origins=setup.origins))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ end has the period null. Knows no log and no strategy.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +98,8 @@ def decode_plan(data: bytes, source: str = "plan") -> Plan:
         job = msgspec.convert(file.job, Job)
         return Plan(job, _unpacked(file.topology_name, file.topology), file.run, file.shares)
     except (msgspec.MsgspecError, ValueError, IndexError) as error:
-        raise Fault(BAD_DATA, "a damaged plan", source, str(error)) from error
+        advice = "copy it again from where it was written"
+        raise Fault(BAD_DATA, "a damaged plan", source, str(error), advice) from error
 
 
 def save_plan(plan: Plan, directory: Path) -> Path:
@@ -113,7 +115,7 @@ def load_plan(directory: Path) -> Plan:
     """What ``save_plan`` wrote. Raises Fault when it is not there or is damaged."""
     path = directory / NAME
     try:
-        return decode_plan(path.read_bytes(), str(path))
+        return replace(decode_plan(path.read_bytes(), str(path)), origins={"": str(path)})
     except FileNotFoundError:
         advice = "name a directory that dlion up or dlion simulate --out has written"
         what = "the run directory does not say what was run"

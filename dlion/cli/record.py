@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from dlion.cli.errors import BAD_DATA, Fault
+from dlion.cli.errors import BAD_DATA, Fault, writing
 from dlion.cli.planfile import NAME, load_plan
 from dlion.config import load_topology
 from dlion.net.wan import Rate
@@ -32,7 +32,8 @@ def command(directory: Path, out: Path) -> None:
     run = read_directory(directory)
     found = whole(recorded(run), directory)
     talk = load_plan(directory).topology.talk if (directory / NAME).exists() else "mesh"
-    path = write(found, run, talk, out)
+    with writing(out):
+        path = write(found, run, talk, out)
     made = load_topology(path)
     click.echo(f"{path}: {len(made.peers)} peers, {len(made.links)} links over {run.seconds:.1f} s")
     for line in doubts(found):
@@ -45,7 +46,8 @@ def whole(found: Recording, directory: Path) -> Recording:
         missing = ", ".join(found.unheard)
         raise Fault(BAD_DATA, f"no log of {missing}", str(directory), advice="gather the logs of all peers there")
     if not found.links:
-        raise Fault(BAD_DATA, "no link was in use long enough to be measured", str(directory))
+        advice = "record a longer run"
+        raise Fault(BAD_DATA, "no link was in use long enough to be measured", str(directory), advice=advice)
     return found
 
 

@@ -20,8 +20,8 @@ from dlion.cli.build import Plan, check
 from dlion.cli.options import changes_of, flags_of
 from dlion.cli.planfile import load_plan
 from dlion.cli.record import doubts, whole
-from dlion.cli.simulate import play, write_run
-from dlion.config import overruled
+from dlion.cli.simulate import play, writable, write_run
+from dlion.config import flag_origins, overruled
 from dlion.mesh.changes import changed
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
@@ -71,6 +71,8 @@ def command(directory: Path, all_recorded: bool, out: Path | None, as_json: bool
     """
     found = load_recorded(directory, all_recorded)
     plan = altered(found.plan, options)
+    if out is not None:
+        writable(out)
     played = play(plan, begins=found.begins)
     if out is not None:
         write_run(plan, played, out)
@@ -90,6 +92,9 @@ def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
     run, plan = read_directory(directory), load_plan(directory)
     live = any(log.host for log in run.peers.values())
     network, notes = plan.topology, list[str]()
+    silent = [peer for peer in plan.peers if peer not in run.peers]
+    if silent:
+        notes.append(f"no log of {', '.join(silent)} in {directory}: what they did is not told")
     if live or all_recorded:
         found = whole(recorded(run), directory)
         network = replace(topology(found, network.name, None if all_recorded else network), talk=network.talk)
@@ -106,7 +111,9 @@ def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
 def altered(plan: Plan, options: Mapping[str, Any]) -> Plan:
     """``plan`` with what the options change in job and network; raises ConfigError, ChangeError."""
     network = changed(plan.topology, changes_of(options))
-    return check(replace(plan, job=overruled(plan.job, flags_of(options)), topology=network))
+    flags = flags_of(options)
+    origins = {**plan.origins, **flag_origins(flags)}
+    return check(replace(plan, job=overruled(plan.job, flags), topology=network, origins=origins))
 
 
 def _begins(run: Run) -> dict[PeerId, float]:

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from dlion.cli.build import Plan, exchange_of, modelled, node_of, node_settings, pace_of, workload_of
+from dlion.cli.errors import writing
 from dlion.cli.keep import parts_of
 from dlion.cli.options import plan_of, run_options
 from dlion.cli.planfile import save_plan
@@ -121,7 +122,7 @@ def _presence(plan: Plan) -> tuple[tuple[Death, ...], tuple[Birth, ...]]:
     """Who goes and who comes when, by the topology; PresenceError where the strategy takes nobody who comes."""
     found = turns(plan.topology, plan.job.job.until_s)
     coming = [turn for turn in found if turn.comes]
-    strategy, pace = exchange_of(plan.job), pace_of(plan.job, exchange_of(plan.job))
+    strategy, pace = exchange_of(plan), pace_of(plan, exchange_of(plan))
     if coming and (pace.staged or not strategy.newcomers):
         raise PresenceError(
             f"{coming[0].peer} comes at {coming[0].at_s:g} s, but {strategy.name} at pace {pace.name} takes nobody "
@@ -190,18 +191,27 @@ def run_simulation(
     parts: Mapping[str, Part] | None = None,
 ) -> Summary:
     """``play``; plan, logs and summary go to ``out`` if given, in place of an earlier run's."""
+    if out is not None:
+        writable(out)
     played = play(plan, deaths, settings, parts)
     if out is not None:
         write_run(plan, played, out)
     return played.summary
 
 
+def writable(out: Path) -> None:
+    """Nobody wants to hear it after the run. Raises Fault."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
 def write_run(plan: Plan, played: Played, out: Path) -> None:
     """Everything that ``replay``, ``report`` and ``explain`` need, in one directory."""
-    save_plan(plan, out)
-    for peer, data in played.logs.items():
-        (out / f"{peer}.jsonl").write_bytes(data)
-    (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(played.summary), indent=2))
+    with writing(out):
+        save_plan(plan, out)
+        for peer, data in played.logs.items():
+            (out / f"{peer}.jsonl").write_bytes(data)
+        (out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(played.summary), indent=2))
 
 
 def parse_death(text: str) -> Death:

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from dlion.cli.errors import BAD_DATA, USAGE, Fault
+from dlion.cli.errors import BAD_DATA, USAGE, Fault, writing
 from dlion.net import traces
 from dlion.net.wan import Rate
 from dlion.observe.tracefacts import Facts, facts, total
@@ -41,10 +41,19 @@ def trace() -> None:
 @click.argument("file")
 @click.option("--format", "form", type=click.Choice(FORMS), help="[default: what the file's first lines tell]")
 @click.option("--time", default="time", show_default=True, help="csv: the column of the time.")
-@click.option("--time-unit", default="s", show_default=True, help=f"csv: its unit, of {', '.join(traces.TIME_UNITS)}.")
+@click.option(
+    "--time-unit",
+    type=click.Choice([*traces.TIME_UNITS]),
+    metavar="UNIT",
+    default="s",
+    show_default=True,
+    help=f"csv: its unit, of {', '.join(traces.TIME_UNITS)}.",
+)
 @click.option("--column", help="csv: the column of the rate, or of the delay.")
 @click.option(
     "--unit",
+    type=click.Choice([*traces.RATE_UNITS, *traces.TIME_UNITS]),
+    metavar="UNIT",
     default="Mbit/s",
     show_default=True,
     help=f"csv: its unit, of {', '.join(traces.RATE_UNITS)}; or of a delay, as of the time.",
@@ -73,7 +82,8 @@ def show(  # noqa: PLR0917 - one per option
     if png is not None:
         from dlion.observe.report.trace import draw
 
-        draw(png, shown.rate, Path(file).name, shown.unit, shown.scale)
+        with writing(png):
+            draw(png, shown.rate, Path(file).name, shown.unit, shown.scale)
     if as_json:
         head = {"file": file, "format": form, "unit": shown.unit, "scale": shown.scale}
         click.echo(msgspec.json.encode(head | asdict(found)).decode())
@@ -109,7 +119,7 @@ def _told_by(file: str) -> str:
         raise Fault(USAGE, "an archive of several files", file, advice=f"name one of them:\n    {some}")
     lines = [fields for _, fields in zip(range(FIRST_LINES), traces.rows(file, ","), strict=False)]
     if not lines:
-        raise Fault(BAD_DATA, "an empty file", file)
+        raise Fault(BAD_DATA, "an empty file", file, advice=traces.ANOTHER)
     first = lines[0][1]
     if all(len(fields) == 1 and fields[0].isdecimal() for _, fields in lines):
         return "mahimahi"
@@ -124,7 +134,11 @@ def _told_by(file: str) -> str:
         return "csv"
     if len(",".join(first).replace(",", " ").split()) == 2:
         raise Fault(USAGE, "the file does not say what its numbers are", file, advice="--format s-mbit, or ms-kbit")
-    what = f"the first line is of no known format: {', '.join(first)[:60]!r}"
+    odd = first
+    if len(first) == 1 and first[0].isdecimal():  # as mahimahi begins
+        odd = next(fields for _, fields in lines if len(fields) > 1 or not fields[0].isdecimal())
+    number = next(n for n, fields in lines if fields is odd)
+    what = f"line {number} is of no known format: {', '.join(odd)[:60]!r}"
     raise Fault(BAD_DATA, what, file, advice="docs/traces.md tells which are read; --format names one")
 
 

@@ -5,8 +5,11 @@ Law: a value with words; knows no file format and no exit code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+
+Origins = Mapping[str, str]
+"""Key -> the file, variable or flag that it came from; "" -> where all keys are from that are not here."""
 
 
 class ConfigError(Exception):
@@ -20,11 +23,38 @@ class ConfigError(Exception):
         super().__init__(where, key, found, expected, hint)
 
     def __str__(self) -> str:
-        place = f"{self.where}: {self.key}" if self.key else self.where
-        text = f"{place}: {self.found}"
+        text = f"{self._place()}: {self.found}"
         if self.expected:
             text += f"; expected {self.expected}"
         return f"{text}. {self.hint}" if self.hint else text
+
+    def _place(self) -> str:
+        """``where: key``; a flag or a variable names its key itself."""
+        said = _key_in(self.where)
+        if not self.key or (said and self.key.startswith(said)):
+            return self.where + self.key.removeprefix(said)
+        return f"{self.where}: {self.key}"
+
+
+def _key_in(where: str) -> str:
+    """The key that ``flag KEY`` or ``environment DLION_KEY`` is named after, or nothing."""
+    kind, _, name = where.partition(" ")
+    if kind == "environment":
+        return name.removeprefix("DLION_").lower().replace("__", ".")
+    return name if kind == "flag" else ""
+
+
+def origin_of(origins: Origins, key: str) -> str:
+    """Where ``key``, or what it lies in, came from; "" when nobody knows."""
+    above = key
+    while above and (above not in origins or (above != key and _is_table(origins, above))):
+        above = above[: max(above.rfind("."), above.rfind("["), 0)]
+    return origins.get(above, "")
+
+
+def _is_table(origins: Origins, key: str) -> bool:
+    """What a layer writes into a table says nothing of the other keys there."""
+    return any(other.startswith(f"{key}.") for other in origins)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

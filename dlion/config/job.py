@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from dlion.config.errors import did_you_mean, one_of
+from dlion.config.errors import ConfigError, Origins, did_you_mean, one_of
 from dlion.config.find import find
 from dlion.config.reader import Reader, Text, join, read_toml
 from dlion.config.units import Bytes, Count, Positive, PositiveSeconds, Seconds, Share
@@ -177,6 +177,16 @@ def load_job(
     ``flags`` maps key paths (``train.learning_rate``) to values or to text as typed. ``environ`` defaults to the
     process's, ``directory`` (of ``dlion.toml``) to the current one. Raises ConfigError.
     """
+    return read_job(name_or_path, flags, environ, directory)[0]
+
+
+def read_job(
+    name_or_path: str | Path,
+    flags: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] | None = None,
+    directory: Path | None = None,
+) -> tuple[Job, Origins]:
+    """``load_job``, and where its keys came from: for errors that show only when the job is used."""
     environ = os.environ if environ is None else environ
     found = find("job", name_or_path)
     layers = [(str(found.path), read_toml(found.path))]
@@ -193,7 +203,7 @@ def load_job(
     _check(job, reader)
     if not job.job.name:
         job = msgspec.structs.replace(job, job=msgspec.structs.replace(job.job, name=found.name))
-    return job
+    return job, {**origins, "": str(found.path)}
 
 
 def overruled(job: Job, flags: Mapping[str, object]) -> Job:
@@ -207,6 +217,11 @@ def overruled(job: Job, flags: Mapping[str, object]) -> Job:
     changed = reader.struct(merged, Job)
     _check(changed, reader)
     return changed
+
+
+def flag_origins(flags: Iterable[str]) -> Origins:
+    """Of keys that ``flags`` overrule."""
+    return {key: f"flag {key}" for key in flags}
 
 
 def _known(table: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +258,7 @@ def _environment(environ: Mapping[str, str]) -> list[tuple[str, dict[str, Any]]]
 def _flags(flags: Mapping[str, object]) -> list[tuple[str, dict[str, Any]]]:
     """One layer per flag; the strategy's name first, whatever their order: its settings belong to it."""
     ordered = sorted(flags.items(), key=lambda flag: flag[0] != "exchange.name")
-    return [(f"flag {key}", _nested(key.split("."), _text(value))) for key, value in ordered]
+    return [(flag_origins([key])[key], _nested(key.split("."), _text(value))) for key, value in ordered]
 
 
 def _nested(keys: list[str], value: object) -> dict[str, Any]:
@@ -303,8 +318,6 @@ def set_flag(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     section = key.partition(".")[0]
     if not equals or "." not in key or section not in SECTIONS:
-        reader = Reader(f"flag --set {text}")
-        raise reader.error(
-            "", f'found "{text}"', f"section.key=value, section {one_of(SECTIONS)}", did_you_mean(section, SECTIONS)
-        )
+        hint = "" if section in SECTIONS else did_you_mean(section, SECTIONS)
+        raise ConfigError("--set", "", f'found "{text}"', f"section.key=value, section {one_of(SECTIONS)}", hint)
     return key.strip(), value.strip()

@@ -6,14 +6,14 @@ Law: values and their cross checks. Starts nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from dlion.config.errors import did_you_mean, one_of
+from dlion.config.errors import Origins, did_you_mean, one_of
 from dlion.config.find import find
-from dlion.config.job import Job, Table, load_job
+from dlion.config.job import Job, Table, read_job
 from dlion.config.rates import Rates
 from dlion.config.reader import Reader, read_toml
 from dlion.config.topology import RawRate, Talk, checked_address, load_topology
@@ -58,6 +58,8 @@ class PeerSetup:
     speed: Speed | None
     addresses: Mapping[PeerId, str]
     """Of the peers it has links to and can dial."""
+    origins: Origins = field(default_factory=dict)
+    """Where the job's keys came from."""
 
 
 def load_peer(name_or_path: str | Path) -> PeerFile:
@@ -77,14 +79,14 @@ def load_setup(
     reader = Reader(str(path))
     peer = _read(reader, path)
     topology = load_topology(_beside(path, peer.topology), talk=talk)
-    job = load_job(_beside(path, peer.job), flags, environ)
+    job, origins = read_job(_beside(path, peer.job), flags, environ)
     name = _checked_name(peer, topology, reader)
     speed = topology.peers[name].speed
     if peer.speed is not None:
         rate = Rates(reader).read(peer.speed, "number", "speed")
         overhead_s = speed.overhead_s if speed else 0.0
         speed = Speed(rate, overhead_s) if max(rate.values) else None
-    return PeerSetup(path, peer, job, topology, speed, _addresses(peer, name, topology, reader))
+    return PeerSetup(path, peer, job, topology, speed, _addresses(peer, name, topology, reader), origins)
 
 
 def _read(reader: Reader, path: Path) -> PeerFile:

@@ -9,13 +9,12 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
-from dlion.config.errors import ConfigError, did_you_mean, one_of
+from dlion.config.errors import ConfigError, Origins, did_you_mean, one_of, origin_of
 from dlion.config.units import UNITS
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -43,22 +42,22 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot read: {error.strerror}", "a readable TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        what = f"not valid TOML: {error.reason} at byte {error.start}"
+        raise ConfigError(str(path), "", what, "text in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(str(path), "", f"not valid TOML: {error}") from error
 
 
 class Reader:
     """Reads one document. ``where`` is its file; ``origins`` says which keys came from elsewhere (layers)."""
 
-    def __init__(self, where: str, origins: Mapping[str, str] | None = None) -> None:
+    def __init__(self, where: str, origins: Origins | None = None) -> None:
         self._where = where
         self._origins = origins or {}
 
     def error(self, key: str, found: str, expected: str = "", hint: str = "") -> ConfigError:
-        origin = key
-        while origin and origin not in self._origins:
-            origin = origin.rpartition(".")[0]
-        return ConfigError(self._origins.get(origin, self._where), key, found, expected, hint)
+        return ConfigError(origin_of(self._origins, key) or self._where, key, found, expected, hint)
 
     def struct(self, raw: object, kind: type[T], key: str = "") -> T:
         """``raw`` (a table) as ``kind``."""

@@ -33,6 +33,17 @@ GROUP = "dlion.exchange"
 """Entry point group in which other projects announce theirs."""
 
 
+class UnknownExchangeError(ValueError):
+    """No strategy has this name; ``why`` is "" for a name that is not known."""
+
+    def __init__(self, name: str, why: str, expected: str) -> None:
+        self.name, self.why, self.expected = name, why, expected
+        super().__init__(name, why, expected)
+
+    def __str__(self) -> str:
+        return f"exchange {self.name!r}: {self.why or 'unknown'}; expected {self.expected}"
+
+
 def names() -> tuple[str, ...]:
     """All strategies that can be asked for by a plain name, sorted."""
     return tuple(sorted({*EXCHANGES, *(point.name for point in entry_points(group=GROUP))}))
@@ -41,7 +52,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Exchange]:
     """The strategy called ``name``: a built-in, an entry point of another project, or ``package.module:Class``.
 
-    Raises ValueError saying what was expected.
+    Raises UnknownExchangeError saying what was expected.
     """
     from dlion.exchange.base import Exchange
 
@@ -50,12 +61,13 @@ def find(name: str) -> type[Exchange]:
         try:
             found = getattr(import_module(module), cls, None)
         except ModuleNotFoundError as error:
-            hint = "install its project, or put the folder that holds it on PYTHONPATH"
-            raise ValueError(f"exchange {name!r}: {error}; {hint}") from error
+            expected = "a project that is installed, or lies in a folder on PYTHONPATH"
+            raise UnknownExchangeError(name, str(error), expected) from error
     elif points := entry_points(group=GROUP, name=name):
         found = next(iter(points)).load()
     else:
-        raise ValueError(f"exchange: expected one of {', '.join(names())} or package.module:Class, got {name!r}")
+        raise UnknownExchangeError(name, "", f"one of {', '.join(names())} or package.module:Class")
     if not (isinstance(found, type) and issubclass(found, Exchange)):
-        raise ValueError(f"exchange {name!r}: expected a subclass of dlion.exchange.base.Exchange, got {found!r}")
+        why = "nothing of that name there" if found is None else f"it is {found!r}"
+        raise UnknownExchangeError(name, why, "a subclass of dlion.exchange.base.Exchange")
     return found

@@ -86,7 +86,9 @@ def square(path: str | Path, *, scale: float = 1e-3) -> Matrix:
     The default turns the city-to-city milliseconds into round-trip seconds. The diagonal is left out.
     """
     lines = rows(path, ",")
-    _, (_, *names) = next(lines, (0, [""]))
+    number, (_, *names) = next(lines, (0, [""]))
+    if number and not names:
+        raise TraceError(str(path), number, "expected the names of the columns by commas, found one field")
     values: dict[Pair, float] = {}
     for number, (source, *cells) in lines:
         if len(cells) != len(names) or source not in names:

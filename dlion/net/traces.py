@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -44,16 +44,27 @@ Format = Literal["mahimahi", "s-mbit", "ms-kbit"]
 FORMATS: tuple[Format, ...] = ("mahimahi", "s-mbit", "ms-kbit")
 
 
+FETCH = "fetch it again, or let its name end as it is packed"
+MEND = "mend this line, or name the format that the file really has"
+ANOTHER = "give another file, or name the format that it really has: docs/traces.md tells which are read"
+
+
 class TraceError(Exception):
     """A trace file is refused: which one, which line (0: the file as a whole), why, and what to do about it."""
 
     def __init__(self, path: str, line: int, what: str, advice: str = "") -> None:
         self.path, self.line, self.what = path, line, what
-        self.advice = advice or ("mend this line, or name the format that the file really has" if line else "")
+        self.advice = advice or (MEND if line else ANOTHER)
         super().__init__(path, line, what, advice)
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.what}" if self.line else f"{self.path}: {self.what}"
+
+
+class NoTraceError(TraceError):
+    """There is no such file, or none that may be read."""
+
+    exit_code: ClassVar[int] = 74
 
 
 def text(path: str | Path) -> str:
@@ -71,7 +82,7 @@ def text(path: str | Path) -> str:
     except KeyError:
         raise TraceError(name, 0, f"no file {member!r} in it", f"dlion trace show {name} names all") from None
     except UnicodeDecodeError as error:
-        raise TraceError(str(path), 0, f"not text: {error.reason} at byte {error.start}") from None
+        raise TraceError(str(path), 0, f"not text: {error.reason} at byte {error.start}", FETCH) from None
     except UNREADABLE as error:
         raise _unreadable(str(path), error) from error
 
@@ -87,8 +98,9 @@ def members(path: str | Path) -> list[str]:
 
 def _unreadable(path: str, error: Exception) -> TraceError:
     if isinstance(error, OSError) and error.strerror is not None:  # a damaged gzip file is an OSError without
-        return TraceError(path, 0, f"cannot be read: {error.strerror}")
-    return TraceError(path, 0, f"cannot be unpacked: {error}", "fetch it again, or let its name end as it is packed")
+        return NoTraceError(path, 0, f"cannot be read: {error.strerror}", "name a file that this user may read")
+    why = str(error).partition("\n")[0].rstrip(":")
+    return TraceError(path, 0, f"cannot be unpacked: {why}", FETCH)
 
 
 def rows(path: str | Path, separator: str | None = None) -> Iterator[tuple[int, list[str]]]:

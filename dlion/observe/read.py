@@ -6,6 +6,8 @@ killed in mid-write) is dropped; any other damage is an error that names the fil
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,10 +33,17 @@ _KINDS: tuple[type[runlog.Event], ...] = get_args(runlog.AnyEvent)
 _DTYPES: Mapping[type, npt.DTypeLike] = {int: np.int64, float: np.float64, bool: np.bool_, str: np.str_}
 
 
+WROTE_LOGS = "name a directory that dlion up, dlion peer or dlion simulate --out has written"
+
+
 class DamagedLogError(ValueError):
     """A log cannot be read; the text names the file, the line and what is wrong."""
 
     exit_code: ClassVar[int] = 65
+
+    def __init__(self, text: str, advice: str = "copy it again from where it was written, or leave it out") -> None:
+        self.advice = advice
+        super().__init__(text)
 
 
 def parse(data: bytes, source: str = "log") -> list[runlog.Event]:
@@ -134,8 +143,11 @@ def from_memory(name: str, logs: Mapping[Name, bytes]) -> Run:
 
 def read_directory(directory: Path) -> Run:
     """All logs below ``directory``; raises DamagedLogError when there are none, OSError when they cannot be read."""
+    if not directory.is_dir():
+        kind = errno.ENOTDIR if directory.exists() else errno.ENOENT
+        raise OSError(kind, os.strerror(kind), str(directory))
     if (directory / "league.html").exists():
-        raise DamagedLogError(f"{directory}: the results of dlion compare, no run's logs; open its league.html")
+        raise DamagedLogError(f"{directory}: the results of dlion compare, no run's logs", "open its league.html")
     lives: dict[str, list[runlog.Event]] = {}
     outside: dict[str, list[runlog.Event]] = {}
     for path in sorted(directory.glob("*.jsonl"), key=lambda p: (p.name.count("."), len(p.name), p.name)):
@@ -147,11 +159,14 @@ def read_directory(directory: Path) -> Run:
                 raise DamagedLogError(f"{path}, line 1: expected a header; not a run log")
             lives.setdefault(events[0].peer, []).extend(events)
     if not lives:
-        raise DamagedLogError(f"{directory}: no run log (*.jsonl) in this directory")
+        raise DamagedLogError(f"{directory}: no run log (*.jsonl) in this directory", WROTE_LOGS)
     return Run(directory.resolve().name, {p: _peer(directory, p, lives[p] + outside.get(p, [])) for p in sorted(lives)})
 
 
 def _peer(directory: Path, peer: str, events: list[runlog.Event]) -> PeerLog:
     host = directory / f"{peer}.host.json"
-    facts = msgspec.json.decode(host.read_bytes(), type=dict[str, Any]) if host.exists() else {}
+    try:
+        facts = msgspec.json.decode(host.read_bytes(), type=dict[str, Any]) if host.exists() else {}
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DamagedLogError(f"{host}: {error}") from error
     return PeerLog.of(events, str(directory / peer), facts)
