@@ -51,7 +51,7 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in ("full", "gaia", "hop", "ako")
 }
-"""Others as their papers ran them: batches dealt by speed are DLion's. At the learning rate tuned with dealt batches."""
+"""Others as their papers ran them: batches dealt by speed are DLion's. Learning rates were tuned with dealt ones."""
 ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, speculation 0": ("pride", {"exchange.settings.speculation": 0.0}),
     "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
