@@ -204,6 +204,26 @@ async def test_on_writable_comes_when_a_full_window_opens_and_keeps_the_link_bus
 
 
 @virtual
+async def test_a_window_that_is_nearly_full_counts_as_full() -> None:
+    """Encoded, a message is often a little smaller than was reckoned: who leaves that little free is told, too, when
+    there is room again. Else a link that was once slow would stay so: who speaks once a step never finds more."""
+    a, b = Peer(), Peer()
+
+    def speak() -> None:
+        a.connection.send(UPDATE, bytes(int(0.9 * a.connection.writable_bytes)))
+
+    a.connection._on_writable = speak
+    a.join(b, shaped(50, 0.015))
+    speak()
+    await asyncio.sleep(3.0)
+    before = b.connection.session.cursors()[UPDATE]
+    await asyncio.sleep(10.0)
+    assert (b.connection.session.cursors()[UPDATE] - before) * 8 / 50e6 / 10.0 >= 0.9
+    a.connection.close()
+    b.connection.close()
+
+
+@virtual
 async def test_control_overtakes_bulk_on_a_shaped_link() -> None:
     """5 Mbit/s, saturated: a control message needs the distance and at most 150 ms more."""
     a, b = Peer(), Peer()

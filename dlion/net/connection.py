@@ -193,11 +193,10 @@ class Connection:
         self._watch_window(now)
 
     def _watch_window(self, now: float) -> None:
-        writable_bytes = self.session.writable_bytes()
-        if not self._full:
-            if not writable_bytes:
-                self._full, self._full_since = True, now
-        elif writable_bytes >= self.session.chunk_bytes_wanted:
+        full = self.session.writable_bytes() < max(self.session.chunk_bytes_wanted, 1)
+        if full and not self._full:
+            self._full, self._full_since = True, now
+        elif self._full and not full:
             self._full_s = self.full_s
             self._full = False
             self._on_writable()
