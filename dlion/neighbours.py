@@ -236,7 +236,7 @@ class Neighbours:
                     link.close()
                 return
             objection = self._objection(hello)
-            if objection or self._keeps_existing(peer, hello.incarnation):
+            if objection or self._keeps_existing(peer, hello):
                 if objection:
                     self._listener.refused(peer, objection)
                 greeting.say(self._hello(peer, objection or CONNECTED))
@@ -252,15 +252,13 @@ class Neighbours:
             link.abort()
             raise
 
-    def _keeps_existing(self, peer: PeerId, incarnation: int) -> bool:
-        """Two simultaneous dials: the one started by the lower PeerId survives."""
-        existing = self._met.get(peer)
-        return (
-            existing is not None
-            and existing.connection.connected
-            and existing.incarnation == incarnation
-            and existing.dialled_by == self.identity.peer < peer
-        )
+    def _keeps_existing(self, peer: PeerId, hello: Hello) -> bool:
+        """Two simultaneous dials: the one started by the lower PeerId survives. A way round is of no use to who had not
+        met us when it asked for it, and has us now."""
+        existing, me = self._met.get(peer), self.identity.peer
+        if existing is None or not existing.connection.connected or existing.incarnation != hello.incarnation:
+            return False
+        return existing.dialled_by == me < peer or (bool(hello.to) and existing.via is None and not hello.of)
 
     async def _dial(self, peer: PeerId, via: PeerId | None = None) -> None:
         """A link to ``peer``, or to ``via`` for it; a direct one replaces one that goes round."""
@@ -275,7 +273,8 @@ class Neighbours:
             greeting = Greeting(link)
             greeting.say(self._hello(peer, to=peer if via else ""))
             hello = decode_hello(await greeting.hear(self._settings.hello_timeout_s))
-            if hello.refusal == CONNECTED or (self.connected(peer) and self._met[peer].dialled_by == peer < me):
+            late = self.connected(peer) and (via is not None or self._met[peer].dialled_by == peer < me)
+            if late or hello.refusal == CONNECTED:
                 raise LinkError(CONNECTED)
             objection = hello.refusal or self._objection(hello)
             if objection:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,6 +46,18 @@ def test_a_link_that_is_out_for_long_is_gone_round(how: Callable[[], Exchange], 
     for peer in ran.replicas:
         assert np.diff([e["t"] for e in ran.events(peer, "step")]).max() < 1.5, "lockstep waits for the way round"
     assert disagreement(ran.result.replicas) < 1e-5
+
+
+def test_a_way_round_that_comes_too_late_takes_the_place_of_nothing() -> None:
+    """Greetings over 0.3 s last longer than one waits before asking others for a way: it is not taken any more."""
+    topology = net("a1 a2 | b1 b2 | c1 c2")
+    far = {
+        e: replace(k, delay_s=0.3) for e, k in topology.links.items() if {topology.cloud_of(p) for p in e} == {"b", "c"}
+    }
+    ran = run(replace(topology, links={**topology.links, **far}), Full, until_s=4.0)
+    for peer in ran.replicas:
+        assert not ran.events(peer, "refuse")
+        assert not {e["state"] for e in ran.events(peer, "member") if e["t"] < 4.0} & {"detour", "link lost"}
 
 
 def test_a_run_may_end_on_a_way_round() -> None:
