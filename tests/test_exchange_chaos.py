@@ -136,6 +136,15 @@ def test_who_is_left_of_a_tree_without_its_hub_finds_each_other() -> None:
     hold("fedavg", World("a1 a2 | b1 b2 | c1", "tree", 0.2, 0.001, speeds, {}, deaths, 0))
 
 
+@pytest.mark.parametrize("name", ["fedavg", "diloco"])
+def test_who_died_twice_for_one_and_once_for_another_is_not_waited_for(name: str) -> None:
+    """c1 is silent, back over a way round for a1 alone, and dies: b1 says again that it is gone, of its next life."""
+    out = {("a1", "b1"): (2.0, 2.1), ("a1", "c1"): (2.0, 2.7)}
+    hold(
+        name, World("a1 | b1 | c1", "tree", 0.2, 0.001, dict.fromkeys(("a1", "b1", "c1"), 8.0), out, (("c1", 3.1),), 2)
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", EXCHANGES)
