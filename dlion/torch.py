@@ -36,14 +36,14 @@ from dlion.config import PeerSetup, load_setup
 from dlion.learn.batching import Fixed
 from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workloads.torch_guest import SIGNALS_EVERY_S, Buffers, Guest, Keepable, Places, Turn
-from dlion.learn.workloads.torch_memory import alias
+from dlion.learn.workloads.torch_memory import Device, alias
 from dlion.learn.workloads.torch_module import TorchData, TorchWorkload
 from dlion.learn.workloads.torch_site import Site
 from dlion.messages import PeerId
 from dlion.node import Learner, Node
 from dlion.tensors import Flat
 
-__all__ = ("Options", "Pride", "TorchData", "TorchWorkload", "attach")
+__all__ = ("Device", "Options", "Pride", "TorchData", "TorchWorkload", "attach")
 
 ABANDON_S = 5.0
 """How long a second Ctrl-C waits for the thread that it cancelled."""

@@ -7,6 +7,7 @@ memory and a device's meet.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,7 +55,7 @@ class Memory(Protocol):
         """The values of ``host`` where the module computes; may be ``host`` itself, so it may not be written."""
 
     def gradient(self, host: Flat) -> torch.Tensor:
-        """Zeros where the module computes, as long as ``host``; ``fetch`` brings them home."""
+        """Zeros where the module computes, or what was not brought home before, as long as ``host``."""
 
     def fetch(self, tensor: torch.Tensor, host: Flat) -> None:
         """Make ``host`` hold the values of ``tensor``, which ``gradient(host)`` had returned."""
@@ -94,5 +95,44 @@ class Staged:
         alias(host).copy_(tensor)
 
 
-def memory_of(device: torch.device) -> Memory:
+class Selected:
+    """Of a gradient only the largest ``share`` of its entries comes home; the rest stays on the device, and the next
+    gradient is added to it: error feedback at the source (Aji & Heafield, EMNLP 2017; Lin et al., ICLR 2018)."""
+
+    def __init__(self, device: torch.device, share: float) -> None:
+        self.weights = _whole(device).weights
+        self._share = share
+        self.left = torch.empty(0, device=device)
+        """What has not come home yet."""
+
+    def gradient(self, host: Flat) -> torch.Tensor:
+        if len(self.left) != host.size:
+            self.left = torch.zeros(host.size, device=self.left.device)
+        return self.left
+
+    def fetch(self, tensor: torch.Tensor, host: Flat) -> None:
+        places = tensor.abs().topk(max(1, round(self._share * len(tensor))), sorted=False).indices
+        host.fill(0.0)
+        host[places.cpu().numpy()] = tensor[places].cpu().numpy()
+        tensor[places] = 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a module computes, and how much of each gradient leaves that place: the largest entries, the rest later."""
+
+    name: str
+    gradient_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gradient_share <= 1:
+            raise ValueError(f"device: gradient_share lies above 0 and at most at 1, not {self.gradient_share}")
+
+    @property
+    def memory(self) -> Memory:
+        device, share = torch.device(self.name), self.gradient_share
+        return _whole(device) if share == 1.0 else Selected(device, share)
+
+
+def _whole(device: torch.device) -> Memory:
     return Shared() if device.type == "cpu" else Staged(device)

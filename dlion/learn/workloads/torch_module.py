@@ -32,7 +32,7 @@ from torch.utils.data import default_collate
 from dlion.learn.optimizers import Optimizer, Plain
 from dlion.learn.trainer import peer_seed
 from dlion.learn.workload import Evaluation, Indices
-from dlion.learn.workloads.torch_memory import memory_of
+from dlion.learn.workloads.torch_memory import Device, Selected
 from dlion.learn.workloads.torch_optimizer import BufferedOptimizer, TorchOptimizer, TorchOptimizerFactory
 from dlion.learn.workloads.torch_precision import DTYPES, LossScale
 from dlion.tensors import Flat, Layout, Tensors
@@ -70,7 +70,8 @@ class TorchWorkload:
 
     The factory draws from torch's generator, seeded alike on all peers, or loads what all peers have alike.
     ``loss`` takes (outputs, targets). On the processor, parameters and gradients are views of dlion's own buffers, and
-    nothing is copied. Elsewhere (``device="cuda"``) there is one copy each way. For classes, outputs are (samples,
+    nothing is copied. Elsewhere (``device="cuda"``) there is one copy each way; with ``Device("cuda", 0.01)`` only the
+    largest hundredth of each gradient comes from there, the rest with a later step. For classes, outputs are (samples,
     classes, ...) and targets integers (samples, ...), as torch's cross entropy has them; for other tasks override
     ``right``. Give the trainer ``optimizer(...)``. The module serves one call at a time; a second thread waits.
     """
@@ -82,7 +83,7 @@ class TorchWorkload:
         data: TorchData,
         optimizer_factory: TorchOptimizerFactory | None = None,
         *,
-        device: str = "cpu",
+        device: str | Device = "cpu",
         dtype: torch.dtype = torch.float32,
         buffers: Literal["local", "averaged"] = "local",
     ) -> None:
@@ -90,10 +91,16 @@ class TorchWorkload:
             raise ValueError(f"torch workload: dtype must be one of {', '.join(map(str, DTYPES))}, not {dtype}")
         if buffers not in ("local", "averaged"):
             raise ValueError(f"torch workload: buffers are 'local' or 'averaged', not {buffers!r}")
+        place = device if isinstance(device, Device) else Device(device)
+        if place.gradient_share < 1 and (optimizer_factory or buffers == "averaged" or dtype is torch.float16):
+            raise ValueError(
+                "torch workload: where only a part of each gradient leaves the device (gradient_share below 1), the "
+                "job's optimizer steps, buffers are local, and the module does not compute in float16"
+            )
         self._factory, self._loss, self._data = module_factory, loss, data
         self._optimizer_factory = optimizer_factory
-        self._device, self._dtype, self._averaged = torch.device(device), dtype, buffers == "averaged"
-        self._memory = memory_of(self._device)
+        self._device, self._dtype, self._averaged = torch.device(place.name), dtype, buffers == "averaged"
+        self._memory = place.memory
         self._scale = LossScale() if dtype is torch.float16 else None
         self._seed = 0
         self._draws = 0
@@ -197,7 +204,8 @@ class TorchWorkload:
         """What a restart needs beside weights and optimizer: this peer's own buffers and the place in its draws."""
         own = {f"buffer.{name}": _array(self.module.get_buffer(name)) for name in self._own_buffers}
         scale = {} if self._scale is None else {"scale": self._scale.factor, "good_steps": self._scale.good_steps}
-        return {"seed": self._seed, "draws": self._draws, **scale, **own}
+        left = {"left": _array(self._memory.left)} if isinstance(self._memory, Selected) else {}
+        return {"seed": self._seed, "draws": self._draws, **scale, **left, **own}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
@@ -206,6 +214,8 @@ class TorchWorkload:
         self._draws = int(state["draws"])
         if self._scale is not None:
             self._scale.factor, self._scale.good_steps = float(state["scale"]), int(state["good_steps"])
+        if isinstance(self._memory, Selected):
+            self._memory.left = torch.tensor(state["left"], device=self._device)
         for name in self._own_buffers:
             self.module.get_buffer(name).copy_(torch.tensor(state[f"buffer.{name}"]))
 
