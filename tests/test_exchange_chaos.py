@@ -145,6 +145,11 @@ def test_who_died_twice_for_one_and_once_for_another_is_not_waited_for(name: str
     )
 
 
+def test_what_a_silent_partner_had_said_still_counts_when_it_is_back() -> None:
+    """a2 has said its part of the round, is silent for a moment, and does not say it again."""
+    hold("noloco", World("a1 a2", "mesh", 0.2, 0.1, {"a1": 8.0, "a2": 32.0}, {("a1", "a2"): (2.0, 2.1)}, (), 0))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", EXCHANGES)

@@ -109,8 +109,8 @@ class NoLoCo(Exchange):
         return self._outbox.flush(ctx, [link.peer])
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
+        """What was heard of one that is silent stays: if it comes back, it will not say that again."""
         self._outbox.forget(ctx)
-        self._heard = {key: heard for key, heard in self._heard.items() if key[1] in ctx.links}
         if self._partner is not None and self._partner not in ctx.links:
             self._heard[self.round, self._partner] = None
             yield from self._close(ctx)
