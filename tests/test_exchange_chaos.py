@@ -28,8 +28,9 @@ SETTLED_S = 4.0
 """After that nobody dies and no link goes out or comes back."""
 DRAIN_S = 4.0
 FEATURES, MESSAGE_BYTES = 60, 1100
-FULL_AFTER_S = 4.0
 """A model of 244 entries: a whole one takes a twentieth of a second on the narrowest link."""
+FULL_AFTER_S = 4.0
+"""By then a link that is told more than it carries was full once."""
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "dlion": {"transfer_every": 5},
     "diloco": {"local_steps": 4},
