@@ -222,6 +222,7 @@ async def hosted(
             door.open(made.accept)
             yield Hosted(made.node, made.status, here, admin, keeping)
     finally:
+        door.close()
         await site.close()
         if keeping is not None:
             await asyncio.to_thread(keeping.close)
@@ -239,8 +240,12 @@ class _Door:
 
     def open(self, accept: Callable[[StreamLink], None]) -> None:
         self._accept = accept
-        for link in self._waiting:
-            accept(link)
+        while self._waiting:
+            accept(self._waiting.pop(0))
+
+    def close(self) -> None:
+        """Nobody is there any more, or never was."""
+        self.open(lambda link: link.abort())
 
 
 def _open_directory(out: Path, peer: PeerId, doors: Doors) -> Path:
