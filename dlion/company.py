@@ -133,7 +133,6 @@ class Company:
         ``end``: when it will be over, loop time, if that is known."""
         self.porch.open_until = math.inf if end is None else end - LATE_S
         self._begun = True
-        self._journal.begin()
         for item in self._early:
             self._put(item)
         self._early.clear()

@@ -5,7 +5,6 @@ Law: knows events and counters; decides nothing and waits for nothing.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -42,13 +41,10 @@ class Waits:
 
 
 class Journal:
-    """``now()`` is the node's clock: seconds since training began there. ``clock()``: see ``Seams``."""
+    """``now()`` is the node's clock: seconds since training began there."""
 
-    def __init__(
-        self, me: PeerId, topology: Topology, log: RunLog, now: Callable[[], float], clock: Callable[[], float] | None
-    ) -> None:
+    def __init__(self, me: PeerId, topology: Topology, log: RunLog, now: Callable[[], float]) -> None:
         self.meter = Meter()
-        self._clock = clock
         self._me = me
         self._topology = topology
         self._log = log
@@ -68,8 +64,7 @@ class Journal:
     def close(self) -> None:
         self._log.close()
 
-    def begin(self) -> None:
-        clock_s = asyncio.get_running_loop().time() if self._clock is None else self._clock()
+    def begin(self, clock_s: float) -> None:
         self._log.write(runlog.Begin(t=self._now(), clock_s=round(clock_s, 6)))
 
     def batch(self, size: int, global_size: int) -> None:

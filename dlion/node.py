@@ -64,7 +64,7 @@ class Node:
         workload = learner.trainer.workload
         limits = Limits.of(workload.layout.size)
         chance = np.random.SeedSequence([seams.seed, *me.encode()]).spawn(3)
-        self.journal = Journal(me, topology, seams.log, lambda: self.now, seams.clock)
+        self.journal = Journal(me, topology, seams.log, lambda: self.now)
         self.meter = self.journal.meter
         session_limits = SessionLimits(
             message_bytes_max=limits.message_bytes_max, unacked_bytes_max=s.unacked_bytes_max, queue_s=s.queue_s
@@ -192,12 +192,12 @@ class Node:
         self._put(MembersChanged())
         if self.keeper.resume is not None:
             self._put(Resume(self.keeper.resume))
+        self.journal.begin((self.seams.clock or self._loop.time)())
         until_s = self.settings.until_s
         self.company.begin(None if until_s is None else self._zero + until_s)
         self._look()
         if until_s is not None:
-            end = partial(self.stop, "until", leaving=False)
-            self._timers["~until"] = self._loop.call_at(self._zero + until_s, end)
+            self._timers["~until"] = self._loop.call_at(self._zero + until_s, lambda: self.stop("until", leaving=False))
 
     async def _change(self) -> None:
         """Until anything happened that a waiting loop should look at."""

@@ -121,8 +121,6 @@ class Pride:
     ) -> None:
         self._places = Places(model, buffers)
         self._optimizer = optimizer
-        self._ahead = False
-        """The turn in hand is not ours yet: the node still takes in our last step."""
         self._together = options.together
         self._site = None if group is None else Site(group, next(model.parameters()).device, self._places.layout.size)
         self.batch_size = 0
@@ -139,9 +137,9 @@ class Pride:
             plan = plan_of_peer(setup)
             processes = 1 if self._site is None else self._site.size
             fixed = None if batch_size is None else batch_size * processes
-            learner, at_once = _learner(plan, PeerId(setup.peer.name), guest, optimizer, fixed)
-            free = options.overlap and not options.keeps and buffers == "local"
-            self.overlaps = guest.ahead = at_once and free and self._site is None and optimizer is not None
+            learner = _learner(plan, PeerId(setup.peer.name), guest, optimizer, fixed)
+            ours = options.overlap and self._site is None and buffers == "local" and not options.keeps
+            self.overlaps = ours and None not in (optimizer, batch_size) and not _steps_wait(plan)
             self._host = _Host(plan, setup, guest, learner, options)
 
     def __enter__(self) -> Pride:
@@ -149,8 +147,9 @@ class Pride:
             self._host.start()
         try:
             self._next()
-            if self.overlaps:
+            if self.overlaps and self._host is not None:
                 self._places.rest()
+                self._host.guest.ahead = True
             self.steps_done = 0 if self._host is None else self._host.begun_at
             if self._site is not None:
                 self.steps_done = self._site.told(self.steps_done)
@@ -166,30 +165,27 @@ class Pride:
         ``loss`` of this step is for the log and for exchanges that compare peers (``transfer`` of dlion); 0 if absent.
         Raises what went wrong in the node, in whichever thread that was; RuntimeError once the run is over.
         """
-        value = loss.detach() if isinstance(loss, torch.Tensor) else loss
-        told = 0.0 if value is None else float(value)
         if self.overlaps:
-            self._step_ahead(told)
+            self._step_ahead(loss)
         else:
             if self._optimizer is not None:
                 self._optimizer.step()
             if self._host is not None:
-                self._host.guest.answer(told)
+                self._host.guest.answer(_number(loss))
             self._next()
         self.steps_done += 1
 
-    def _step_ahead(self, loss: float) -> None:
+    def _step_ahead(self, loss: float | torch.Tensor | None) -> None:
         """Our step, and what the others did while we computed it; then go on while the node takes ours in."""
         host, places, optimizer = self._host, self._places, self._optimizer
         assert host is not None and optimizer is not None
-        others = host.turn().weights if self._ahead else None
+        others = host.turn().weights if self.steps_done > host.begun_at else None  # the first turn came by entering
         places.unmoved()
         optimizer.step()
         if others is not None:
             places.add(others)
         places.rest()
-        self._ahead = True
-        host.guest.answer(loss)
+        host.guest.answer(_number(loss))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -356,13 +352,18 @@ def _inner(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _learner(
-    plan: Plan, peer: PeerId, guest: Guest, optimizer: Steps | None, batch: int | None
-) -> tuple[Learner, bool]:
-    """What the node learns: what the loop gives it; and whether the loop may go on before the node has taken it.
+def _number(loss: float | torch.Tensor | None) -> float:
+    return 0.0 if loss is None else float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
 
-    Raises ConfigError when the exchange cannot use what the loop gives.
-    """
+
+def _steps_wait(plan: Plan) -> bool:
+    """Does the next step depend on what becomes of the last one?"""
+    strategy = exchange_of(plan)
+    return not strategy.ahead or pace_of(plan, strategy).staged
+
+
+def _learner(plan: Plan, peer: PeerId, guest: Guest, optimizer: Steps | None, batch: int | None) -> Learner:
+    """What the node learns: what the loop gives it; raises ConfigError when the exchange cannot use that."""
     job = plan.job
     strategy = exchange_of(plan)
     try:
@@ -374,5 +375,4 @@ def _learner(
     if groups:
         schedule = lambda _: float(groups[0]["lr"])  # noqa: E731
     trainer = Trainer(guest, applied, schedule, peer_seed(job.job.seed, peer))
-    batcher = Fixed(batch) if batch is not None else batcher_of(plan, peer, guest.global_train_size)
-    return Learner(trainer, batcher), batch is not None and strategy.ahead and not pace_of(plan, strategy).staged
+    return Learner(trainer, Fixed(batch) if batch is not None else batcher_of(plan, peer, guest.global_train_size))

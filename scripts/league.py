@@ -67,6 +67,7 @@ ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, batch fixed": ("pride", {"batching.mode": "fixed"}),
 }
 """Ours with one thing changed."""
+ROWS = {**STRATEGIES, **PUBLISHED, **ABLATIONS}
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ class Spec:
         return json.dumps(asdict(self), sort_keys=True)
 
     def flags(self, data: Path) -> dict[str, object]:
-        known = {**STRATEGIES, **PUBLISHED, **ABLATIONS}
-        name, changes = known.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
+        name, changes = ROWS.get(self.strategy, (self.strategy, {}))  # else a stranger's, by its name
         return {
             "exchange.name": name,
             "job.until": self.until_s,
@@ -299,7 +299,7 @@ def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of:
             strategy,
             scenario,
             int(seed),
-            SCENARIOS[scenario].rate or rates[strategy.partition(",")[0].removesuffix("-fixed")],
+            SCENARIOS[scenario].rate or (rates.get(strategy) or rates[ROWS[strategy][0]]),
             of["until_s"],
             of["partition"],
             of["workload"],

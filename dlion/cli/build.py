@@ -29,6 +29,7 @@ from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workload import Choosing, Workload, WorkloadSpec
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
+from dlion.named import UnknownNameError
 from dlion.neighbours import DialSettings
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.runlog import Header, RunLog
@@ -58,10 +59,9 @@ class Plan:
 
 PLAIN: Mapping[str, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
 """Types of settings that are told from their annotations."""
-Unknown = exchange.UnknownExchangeError | workloads.UnknownWorkloadError
 
 
-def _unknown(plan: Plan, key: str, error: Unknown, names: Iterable[str]) -> ConfigError:
+def _unknown(plan: Plan, key: str, error: UnknownNameError, names: Iterable[str]) -> ConfigError:
     """What stands at ``key`` names nothing, or nothing that can be had."""
     found = f"found {show(error.name)}"
     if error.why:
@@ -74,7 +74,7 @@ def exchange_of(plan: Plan) -> Exchange:
     name = plan.job.exchange.name
     try:
         cls = exchange.find(name)
-    except exchange.UnknownExchangeError as error:
+    except UnknownNameError as error:
         raise _unknown(plan, "exchange.name", error, exchange.names()) from error
     settings = settings_of(plan, cls)
     _check_settings(plan, cls)
@@ -157,7 +157,7 @@ def workload_of(plan: Plan, peer: PeerId) -> Workload:
     )
     try:
         workload = workloads.build(spec, peers.index(peer), peers, plan.shares or (1.0,) * len(peers))
-    except workloads.UnknownWorkloadError as error:
+    except UnknownNameError as error:
         raise _unknown(plan, "job.workload", error, workloads.WORKLOADS) from error
     except ValueError as error:
         raise plan.wrong("job.workload", f"{show(spec.name)}: {error}") from error
@@ -308,7 +308,7 @@ def known_workload(plan: Plan) -> Plan:
     """``plan``, after its workload was found to be one that dlion can make by its name; raises ConfigError."""
     try:
         workloads.check(plan.job.job.workload)
-    except workloads.UnknownWorkloadError as error:
+    except UnknownNameError as error:
         raise _unknown(plan, "job.workload", error, workloads.WORKLOADS) from error
     return plan
 

@@ -146,7 +146,7 @@ def assemble(
     observer = None if learner else Snapshots(out, peer, workload)
     keep = keeping if plan.job.checkpoint.every_s else None
     seed, spool = plan.job.job.seed, keeping.store.spool
-    seams = Seams(dialer, compute, seed, log, observer, keep, spool, time.time, keeping.part)
+    seams = Seams(dialer, compute, seed, log, observer, keep, spool, clock=time.time, resume=keeping.part)
     keeping.log = log
     born = time.time_ns() // 1_000_000
     try:

@@ -7,6 +7,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
+from dlion.named import UnknownNameError
+
 if TYPE_CHECKING:
     from dlion.exchange.base import Exchange
 
@@ -33,17 +35,6 @@ GROUP = "dlion.exchange"
 """Entry point group in which other projects announce theirs."""
 
 
-class UnknownExchangeError(ValueError):
-    """No strategy has this name; ``why`` is "" for a name that is not known."""
-
-    def __init__(self, name: str, why: str, expected: str) -> None:
-        self.name, self.why, self.expected = name, why, expected
-        super().__init__(name, why, expected)
-
-    def __str__(self) -> str:
-        return f"exchange {self.name!r}: {self.why or 'unknown'}; expected {self.expected}"
-
-
 def names() -> tuple[str, ...]:
     """All strategies that can be asked for by a plain name, sorted."""
     return tuple(sorted({*EXCHANGES, *(point.name for point in entry_points(group=GROUP))}))
@@ -52,7 +43,7 @@ def names() -> tuple[str, ...]:
 def find(name: str) -> type[Exchange]:
     """The strategy called ``name``: a built-in, an entry point of another project, or ``package.module:Class``.
 
-    Raises UnknownExchangeError saying what was expected.
+    Raises UnknownNameError saying what was expected.
     """
     from dlion.exchange.base import Exchange
 
@@ -62,12 +53,12 @@ def find(name: str) -> type[Exchange]:
             found = getattr(import_module(module), cls, None)
         except ModuleNotFoundError as error:
             expected = "a project that is installed, or lies in a folder on PYTHONPATH"
-            raise UnknownExchangeError(name, str(error), expected) from error
+            raise UnknownNameError("exchange", name, str(error), expected) from error
     elif points := entry_points(group=GROUP, name=name):
         found = next(iter(points)).load()
     else:
-        raise UnknownExchangeError(name, "", f"one of {', '.join(names())} or package.module:Class")
+        raise UnknownNameError("exchange", name, "", f"one of {', '.join(names())} or package.module:Class")
     if not (isinstance(found, type) and issubclass(found, Exchange)):
         why = "nothing of that name there" if found is None else f"it is {found!r}"
-        raise UnknownExchangeError(name, why, "a subclass of dlion.exchange.base.Exchange")
+        raise UnknownNameError("exchange", name, why, "a subclass of dlion.exchange.base.Exchange")
     return found

@@ -68,11 +68,9 @@ class Parts:
     def __init__(self) -> None:
         self._known: dict[Key, Message] = {}
         self._living: dict[PeerId, int] = {}
-        """In which life."""
+        """In which life: the next one for who came back after its ``gone`` was said, if only to us it was away."""
         self._beside: set[PeerId] = set()
         self._dead: dict[PeerId, int] = {}
-        self._back: dict[PeerId, int] = {}
-        """Who came back after its ``gone`` was said: the life that it is in since then, if only to us it was away."""
         self.unseen: set[PeerId] = set()
         """Whose lives have ended, as others say, that we never saw; for the caller to look at and to empty."""
         self._lacking = PeerId("")
@@ -80,7 +78,7 @@ class Parts:
         self.outbox = Outbox()
 
     def setup(self, ctx: Context) -> None:
-        self._living = self._lives(ctx)
+        self._living = {peer: member.life for peer, member in ctx.members.items()}
         self._beside = set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
 
     def say(self, message: Message, ctx: Context) -> Iterator[Send]:
@@ -139,8 +137,8 @@ class Parts:
         back = {p: max(life + 1, ctx.members[p].life) for p, life in self._dead.items() if p in ctx.members}
         self._dead = {p: life for p, life in self._dead.items() if p not in back}
         self._known = {k: m for k, m in self._known.items() if k[1] >= back.get(PeerId(k[3]), 0)}
-        self._back |= back
-        lives, self._living = self._living, self._lives(ctx)
+        lives = self._living
+        self._living = {p: max(m.life, lives.get(p, 0), back.get(p, 0)) for p, m in ctx.members.items()}
         before, self._beside = self._beside, set(ctx.routes.onward(None, ctx.cloud)) & set(ctx.links)
         for message in list(self._known.values()):
             again = self._beside - before if message.origin not in died else self._beside
@@ -171,18 +169,13 @@ class Parts:
                 said[peer, dead] = max(life, said.get((peer, dead), -1))
         return all(said.get((peer, dead), -1) >= life for dead, life in self._dead.items() for peer in ctx.members)
 
-    def _lives(self, ctx: Context) -> dict[PeerId, int]:
-        return {peer: max(member.life, self._back.get(peer, 0)) for peer, member in ctx.members.items()}
-
     def state(self) -> dict[str, Any]:
-        lives = {"living": dict(self._living), "dead": dict(self._dead), "back": dict(self._back)}
-        known = list(self._known.values())
-        return {"known": known, "outbox": self.outbox.state(), "beside": set(self._beside), **lives}
+        peers = {"living": dict(self._living), "beside": set(self._beside), "dead": dict(self._dead)}
+        return {"known": list(self._known.values()), "outbox": self.outbox.state(), **peers}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._known = {_key(message): message for message in state["known"]}
-        self._living, self._dead, self._back = (dict(state[name]) for name in ("living", "dead", "back"))
-        self._beside = set(state["beside"])
+        self._living, self._beside, self._dead = dict(state["living"]), set(state["beside"]), dict(state["dead"])
         self.outbox.restore(state["outbox"])
 
 

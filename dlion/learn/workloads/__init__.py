@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import cast
 
 from dlion.learn.workload import Workload, WorkloadSpec
+from dlion.named import UnknownNameError
 
 Factory = Callable[[WorkloadSpec, int, Sequence[str], Sequence[float]], Workload]
 """(spec, this peer's index, all peers' names, all peers' data shares) -> the workload of this peer."""
@@ -24,28 +25,16 @@ WORKLOADS: Mapping[str, str] = {
 }
 
 
-class UnknownWorkloadError(ValueError):
-    """No workload has this name; ``why`` is "" for a name that is not known."""
-
-    def __init__(self, name: str, why: str, expected: str = "") -> None:
-        self.name, self.why, self.expected = name, why, expected
-        super().__init__(name, why, expected)
-
-    def __str__(self) -> str:
-        text = f"workload {self.name!r}: {self.why or 'unknown'}"
-        return f"{text}; expected {self.expected}" if self.expected else text
-
-
 def check(name: str) -> None:
-    """Raises UnknownWorkloadError for a name that is neither known nor that of a factory."""
+    """Raises UnknownNameError for a name that is neither known nor that of a factory."""
     if ":" not in WORKLOADS.get(name, name):
-        raise UnknownWorkloadError(name, "", f"one of {', '.join(WORKLOADS)} or package.module:factory")
+        raise UnknownNameError("workload", name, "", f"one of {', '.join(WORKLOADS)} or package.module:factory")
 
 
 def build(spec: WorkloadSpec, peer_index: int, peer_names: Sequence[str], shares: Sequence[float]) -> Workload:
     """The workload of peer ``peer_names[peer_index]``; ``shares`` are the peers' data shares, in any unit above 0.
 
-    Raises UnknownWorkloadError, ValueError for an unknown setting, DataError (``learn.data``) for missing data.
+    Raises UnknownNameError, ValueError for an unknown setting, DataError (``learn.data``) for missing data.
     """
     if len(peer_names) != len(shares) or not 0 <= peer_index < len(shares):
         raise ValueError(f"workload: {len(peer_names)} peers, {len(shares)} shares, peer number {peer_index}")
@@ -59,9 +48,9 @@ def _factory(name: str) -> Factory:
         return cast(Factory, getattr(import_module(module), attribute))
     except ModuleNotFoundError as error:
         if error.name == "torch":
-            raise UnknownWorkloadError(name, "it needs PyTorch: pip install 'dlion[torch]'") from None
+            raise UnknownNameError("workload", name, "it needs PyTorch: pip install 'dlion[torch]'") from None
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
-        raise UnknownWorkloadError(name, f"there is no module {error.name!r}") from None
+        raise UnknownNameError("workload", name, f"there is no module {error.name!r}") from None
     except AttributeError:
-        raise UnknownWorkloadError(name, f"module {module!r} has no {attribute!r}") from None
+        raise UnknownNameError("workload", name, f"module {module!r} has no {attribute!r}") from None

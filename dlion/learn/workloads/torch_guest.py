@@ -169,8 +169,7 @@ class Guest:
         peers together; None: not known, and the global batch does not grow. ``keeps``: what else is in checkpoints."""
         self.places = places
         self.ahead = False
-        """The user computes while its last step is taken in: from the second turn on it is told what it lacks."""
-        self._begun = False
+        """The user computes while its last step is taken in, and is told what it lacks; set by it in its first turn."""
         self._steps_itself = steps_itself
         self._samples = samples
         self._keeps = keeps or {}
@@ -226,9 +225,8 @@ class Guest:
         ``out`` is the user's whole step if its own optimizer made it (``optimizer`` then leaves it as it is).
         """
         before = given = alias(weights)
-        if self.ahead and self._begun:
+        if self.ahead:
             self.places.behind(before, given := alias(out))
-        self._begun = True
         self._turns.put(Turn(given, len(batch)))
         loss = self._answers.get()
         if loss is None:
