@@ -183,7 +183,8 @@ class Neighbours:
         if self._spawn is None:
             link.abort()
             return
-        self._spawn(self._welcome(link))
+        greeting = self._spawn(self._welcome(link))
+        greeting.add_done_callback(lambda task: link.abort() if task.cancelled() else None)  # perhaps before it began
 
     # -- greeting -----------------------------------------------------------------------------------------------
 

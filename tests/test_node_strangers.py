@@ -23,7 +23,7 @@ from dlion.neighbours import DialSettings
 from dlion.net.chunks import DATA, HEADER
 from dlion.net.connection import Connection
 from dlion.net.greeting import Greeting
-from dlion.net.link import Link
+from dlion.net.link import Link, LinkError
 from dlion.net.pipe import pipe
 from dlion.net.session import Session, SessionLimits
 from dlion.node import Node, NodeSettings
@@ -444,5 +444,20 @@ def test_two_bridges_that_both_believe_in_their_role_add_an_update_once() -> Non
         applied = [msgspec.json.decode(line) for line in memory.data.splitlines() if b'"e":"apply"' in line]
         assert [(e["origin"], e["step"]) for e in applied] == [("c1", 0), ("c1", 1), ("c1", 2)]
         assert memory.data.count(b"duplicate: c1's steps") == 3
+
+    virtual(main)
+
+
+def test_a_link_that_came_as_the_node_closed_is_ended() -> None:
+    """Its greeting was cancelled before it began; nobody else has the link."""
+
+    async def main() -> None:
+        async with victim() as v:
+            mine, theirs = pipe()
+            greeting = Greeting(mine)
+            v.node.accept(theirs)
+            v.node._close()
+        with pytest.raises(LinkError, match="aborted"):
+            await greeting.hear(5.0)
 
     virtual(main)
