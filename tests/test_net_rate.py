@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlion.net.rate import CLOCK_TICKS, LEAST_MEMORY_S, Flight, RateEstimator
+from dlion.net.rate import CLOCK_TICKS, LEAST_MEMORY_S, Arrival, Flight, RateEstimator
 
 CLOCK_AHEAD_S = 4_290.0
 """The receiver's clock: it differs from ours, and wraps in the middle of these tests."""
@@ -16,8 +16,24 @@ def acked(
     estimate: RateEstimator, now: float, nbytes: int, flight: Flight, *, one_way_s: float, held_s: float = 0.0
 ) -> None:
     """An acknowledgement of a chunk that was ``one_way_s`` under way."""
-    ticks = int((flight.sent_at + one_way_s + CLOCK_AHEAD_S) * 1e6) % CLOCK_TICKS
-    estimate.acked(now, nbytes, flight, held_s, ticks)
+    arrived(estimate, now, nbytes, flight, flight, one_way_s=one_way_s, held_s=held_s)
+
+
+def arrived(
+    estimate: RateEstimator,
+    now: float,
+    nbytes: int,
+    flight: Flight,
+    newest: Flight,
+    *,
+    one_way_s: float,
+    held_s: float = 0.0,
+) -> None:
+    """An acknowledgement of ``flight``, and of a part of ``newest``, which was ``one_way_s`` under way."""
+    ticks = int((newest.sent_at + one_way_s + CLOCK_AHEAD_S) * 1e6) % CLOCK_TICKS
+    arrival = Arrival(held_s)
+    arrival.add(nbytes, flight, newest)
+    estimate.acked(now, arrival, ticks)
 
 
 def busy(estimate: RateEstimator, start: float, seconds: float, rate: float, rtt_s: float) -> float:
@@ -142,6 +158,23 @@ def test_a_queue_far_longer_than_intended_makes_the_newest_samples_count() -> No
     assert estimate.rate < 0.3e6
 
 
+def test_the_word_of_a_small_rest_that_comes_with_the_next_message_is_no_queue() -> None:
+    """Little is acknowledged by what leaves next; by then the first bytes of another message may have come."""
+    estimate = RateEstimator(0.1, 0.0)
+    now = busy(estimate, 0.0, 2.0, 1e6, 0.04)
+    before = estimate.rate
+    for _ in range(4):  # what was under way
+        acked(estimate, now, 10_000, estimate.sent(now - 0.04, 0, 10_000), one_way_s=0.02)
+    estimate.starved(0)
+    rest = estimate.sent(now, 0, 100)
+    estimate.starved(100)
+    after = estimate.sent(now + 0.4, 100, 10_000)
+    arrived(estimate, now + 0.44, 100 + 4, rest, after, one_way_s=0.02)
+    assert estimate.rate == before and estimate.rtt_s < 0.06
+    acked(estimate, now + 0.45, 10_000 - 4, after, one_way_s=0.03)
+    assert estimate.rate == before and estimate.distance_s == pytest.approx(0.04, rel=0.1)
+
+
 def test_a_new_link_is_measured_anew_but_its_rate_is_assumed() -> None:
     estimate = RateEstimator(0.1, 0.0)
     busy(estimate, 0.0, 1.0, 1e6, 0.04)
@@ -169,7 +202,9 @@ def test_no_history_of_samples_makes_it_absurd(history: list[tuple[float, int, f
             estimate.filled(True)
         flight = estimate.sent(now, nbytes if starving else 0, 1000)
         now += wait_s
-        estimate.acked(now, nbytes, flight, held_s, ticks)
+        arrival = Arrival(held_s)
+        arrival.add(nbytes, flight, flight)
+        estimate.acked(now, arrival, ticks)
         assert 0 < estimate.rate <= 1e17
         assert 0 < estimate.distance_s <= 50
         assert 0 <= estimate.window_bytes() < float("inf")

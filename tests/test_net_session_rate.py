@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dlion.net.rate import RateEstimator
+from dlion.net.rate import Arrival, Flight, RateEstimator
 from dlion.net.session import NEVER, Session, SessionLimits
 
 CONTROL, UPDATE, BULK = 0, 1, 2
@@ -196,15 +196,22 @@ def test_small_messages_alone_claim_no_more_than_the_link_gives() -> None:
     assert 0.5 < world.estimate_mbps <= 20 * 1.05
 
 
+def arrival(nbytes: int, flight: Flight) -> Arrival:
+    """All of that chunk, acknowledged at once."""
+    found = Arrival(held_s=0.0)
+    found.add(nbytes, flight, flight)
+    return found
+
+
 def test_a_word_that_is_said_first_does_not_hold_up_what_follows() -> None:
     """Ninety bytes show a rate of a kilobyte per second. Who was paced by that is not, once more is known."""
     estimate = RateEstimator(queue_s=0.1, now=0.0)
     word, first = estimate.sent(0.0, 0, 90), estimate.sent(0.0, 90, 8192)
-    estimate.acked(0.12, 90, word, 0.0, 60_000)
+    estimate.acked(0.12, arrival(90, word), 60_000)
     assert 0 < estimate.rate < 1000
     estimate.sent(0.12, 8192, 8192)
     assert estimate.pace_at > 5.0
-    estimate.acked(0.2, 8192, first, 0.0, 140_000)
+    estimate.acked(0.2, arrival(8192, first), 140_000)
     assert estimate.rate > 40_000 and estimate.pace_at < 0.4
 
 

@@ -26,17 +26,18 @@ class Outbound:
         """Messages wholly sent, not wholly acknowledged."""
         self.flights: deque[tuple[int, Flight]] = deque()
 
-    def drop_acked(self, cursor: int) -> Flight | None:
-        """The other end has everything before ``cursor``; returns the newest chunk that lies wholly before it."""
+    def drop_acked(self, cursor: int) -> tuple[Flight | None, Flight | None]:
+        """The other end has everything before ``cursor``: the newest chunk that lies wholly before it, and the one that
+        holds the last byte before it."""
         self.acked = cursor
         _drop_before(self.flying, cursor)
         if cursor > self.sent:
             self.sent = cursor
             _drop_before(self.waiting, cursor)
-        flights, flight = self.flights, None
+        flights, end, flight = self.flights, 0, None
         while flights and flights[0][0] <= cursor:
-            flight = flights.popleft()[1]
-        return flight
+            end, flight = flights.popleft()
+        return flight, flights[0][1] if flights and end < cursor else flight
 
     def inside_length(self, cursor: int) -> bool:
         """No receiver stops inside a length field."""

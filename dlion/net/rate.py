@@ -61,18 +61,25 @@ class Flight(NamedTuple):
 class Arrival:
     """What the acknowledgements of all streams say of one arrival."""
 
-    __slots__ = ("flight", "held", "nbytes")
+    __slots__ = ("flight", "held_s", "nbytes", "newest")
 
-    def __init__(self, held: int) -> None:
-        self.held = held
+    def __init__(self, held_s: float) -> None:
+        self.held_s = held_s
+        """How long the peer then held the acknowledgement."""
         self.nbytes = 0
         self.flight: Flight | None = None
         """The newest chunk wholly covered."""
+        self.newest: Flight | None = None
+        """The chunk that arrived then, perhaps only in part: of the newest byte."""
 
-    def add(self, nbytes: int, flight: Flight | None) -> None:
+    def add(self, nbytes: int, flight: Flight | None, newest: Flight | None) -> None:
         self.nbytes += nbytes
-        if flight is not None and (self.flight is None or flight.sent_at >= self.flight.sent_at):
-            self.flight = flight
+        self.flight = _later(self.flight, flight)
+        self.newest = _later(self.newest, newest)
+
+
+def _later(a: Flight | None, b: Flight | None) -> Flight | None:
+    return a if b is None or (a is not None and a.sent_at > b.sent_at) else b
 
 
 class RateEstimator:
@@ -154,20 +161,19 @@ class RateEstimator:
         """The window is full; ``more`` waits, or it was just enough."""
         self._starving, self._paused = False, not more
 
-    def acked(self, now: float, nbytes: int, flight: Flight | None, held_s: float, arrived_ticks: int) -> None:
-        """``nbytes`` more are acknowledged; ``flight`` is the newest chunk wholly covered, if any.
-
-        The newest byte arrived at ``arrived_ticks`` of the peer's clock (microseconds, wrapping); the peer then held
-        the acknowledgement for ``held_s``.
-        """
+    def acked(self, now: float, arrival: Arrival, arrived_ticks: int) -> None:
+        """More is acknowledged; its newest byte arrived at ``arrived_ticks`` of the peer's clock (microseconds,
+        wrapping)."""
+        nbytes, flight, newest, held_s = arrival.nbytes, arrival.flight, arrival.newest, arrival.held_s
         self._delivered_bytes += nbytes
         self._acked_at = now
         before, arrived_at = self._delivered_at, self._unwrap(arrived_ticks)
         self._delivered_at = arrived_at
-        if flight is None:
+        if flight is None or newest is None:
             return
-        rtt_s = max(now - held_s - flight.sent_at, INTERVAL_S_MIN)
-        queued_s = self._queued(now, arrived_at - flight.sent_at)
+        # What arrived then is of ``newest``; ``flight`` may have been there long before, and its word held back.
+        rtt_s = max(now - held_s - newest.sent_at, INTERVAL_S_MIN)
+        queued_s = self._queued(now, arrived_at - newest.sent_at)
         since_s = 0.0 if before is None else arrived_at - before
         if since_s > 0.0 or before is None:  # else it arrived with the one before
             self._busy = 0.0 < since_s <= queued_s
@@ -187,8 +193,9 @@ class RateEstimator:
             interval_s = max(arrived_at - flight.delivered_at, flight.sent_at - flight.first_sent_at)
         self._first_sent_at, self._first_end = flight.sent_at, flight.end
         delivered_bytes = self._delivered_bytes - flight.delivered_bytes
-        self._rate_sample(now, delivered_bytes / max(interval_s, SAMPLE_S_MIN), flight.limited)
-        self._train_sample(now, arrived_at, flight)
+        limited = flight.limited or flight.burst != newest.burst
+        self._rate_sample(now, delivered_bytes / max(interval_s, SAMPLE_S_MIN), limited)
+        self._train_sample(now, arrived_at, newest)
         if queued_s > 3 * self.queue_s and len(self._best) > 1:
             self._forget(min(self._best[-1][0], now - rtt_s))
             self.rate = self._best[0][1]

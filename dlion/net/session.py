@@ -271,7 +271,7 @@ class Session:
                 self._signal(frame, now, news)
             reader.frames.clear()
             for ticks, arrived in news.items():
-                self.estimate.acked(now, arrived.nbytes, arrived.flight, arrived.held * HELD_UNIT_S, ticks)
+                self.estimate.acked(now, arrived, ticks)
             if news:
                 self._tune()
         self._owe_ack(now)
@@ -303,7 +303,7 @@ class Session:
             if offset > out.reached or (offset > out.sent and out.inside_length(offset)):
                 raise ProtocolError(f"{offset} bytes of stream {index} acknowledged, {out.reached} sent")
             if offset > out.acked:
-                news.setdefault(value, Arrival(held)).add(offset - out.acked, out.drop_acked(offset))
+                news.setdefault(value, Arrival(held * HELD_UNIT_S)).add(offset - out.acked, *out.drop_acked(offset))
                 self._recount()
         elif kind == PING:
             self._pong = offset
