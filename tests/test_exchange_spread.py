@@ -94,15 +94,17 @@ def test_every_update_is_applied_exactly_once_everywhere(sizes: list[int], talk:
         np.testing.assert_allclose(seat.weights - start, 1.0, atol=1e-5)
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 600)), max_size=8), st.booleans())
-def test_sent_and_owed_together_are_what_was_added(events: list[tuple[int, int]], eight_bits: bool) -> None:
+@given(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 600), st.booleans()), max_size=8), st.booleans())
+def test_sent_and_owed_together_are_what_was_added(events: list[tuple[int, int, bool]], eight_bits: bool) -> None:
+    """Whether the newest update is said by itself, beside the dust of what was said whole, or all of it together."""
     size, encoding = 300, Encoding.I8 if eight_bits else Encoding.F32
     owed, added, sent = Owed(size), np.zeros(300), np.zeros(300)
-    for seed, budget_bytes in events:
+    for seed, budget_bytes, alone in events:
         values = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
         owed.add(Piece(values, PeerId("a"), size), [Span(PeerId("a"), seed, seed)])
         added += values
-        block = compress(owed.flat, budget_bytes, encoding=encoding)
+        latest = owed.latest.block if alone and owed.latest is not None else None
+        block = latest or compress(owed.flat, budget_bytes, encoding=encoding)
         if block is not None:
             said = np.zeros(size, dtype=np.float32)
             block.add_to(said)

@@ -55,13 +55,15 @@ class Piece:
 class Owed:
     """An account of one neighbour. ``size``: entries of the model; ``awaited``: a pace waits to hear whose steps came.
 
-    As long as it holds a single update it only refers to it (``only``); a second one, or saying a part, makes a sum.
+    As long as it holds a single update it only refers to it (``latest``); a second one, or saying a part, makes a sum.
+    What rounding left of a sum that was said whole is dust: it lies beside the next update, unless that is added to it.
     """
 
     def __init__(self, size: int, *, awaited: bool = True) -> None:
         self.size = size
         self.awaited = awaited
-        self.only: Piece | None = None
+        self.latest: Piece | None = None
+        """An update of which nothing was said; all that is owed but for the sum, which then is dust."""
         self.cursor = (0, 1)
         """Where a strategy that says partitions in turn is: (next, of how many)."""
         self.unsaid = 0
@@ -69,13 +71,20 @@ class Owed:
         self.cloud = ""
         """Micro-cloud from whose side these updates came."""
         self._sum: Flat | None = None
+        self._dust = False
+        """The sum is only what rounding left."""
         self._whole: Block | None = None
         """What ``everything`` gave last."""
         self._spans: dict[PeerId, tuple[int, int]] = {}
         self._coverage: tuple[Span, ...] | None = ()
 
     def __bool__(self) -> bool:
-        return self.only is not None or self._sum is not None
+        return self.latest is not None or self._sum is not None
+
+    @property
+    def only(self) -> Piece | None:
+        """The single update that is all that is owed; None when more is, or nothing."""
+        return self.latest if self._sum is None else None
 
     @property
     def fresh(self) -> bool:
@@ -97,9 +106,10 @@ class Owed:
         """The sum of all that is owed; this account's own array."""
         if self._sum is None:
             self._sum = np.zeros(self.size, dtype=np.float32)
-            if self.only is not None:
-                _add(self._sum, self.only.values)
-                self.only = None
+        if self.latest is not None:
+            _add(self._sum, self.latest.values)
+            self.latest = None
+        self._dust = False
         return self._sum
 
     def spectrum(self, layout: Layout) -> Spectrum:
@@ -110,10 +120,10 @@ class Owed:
         """One more update is owed."""
         self._whole = None
         self.unsaid = self.size
-        if self:
-            _add(self.flat, piece.values)
+        if self.latest is None and (self._sum is None or self._dust):
+            self.latest = piece
         else:
-            self.only = piece
+            _add(self.flat, piece.values)
         spans, self._coverage = self._spans, None
         for peer, first, last in coverage:
             before = spans.get(peer)
@@ -125,10 +135,13 @@ class Owed:
         self.unsaid = max(0, self.unsaid - block.count)
         for span in coverage:
             del self._spans[span.origin]
-        if not keep or block is self._whole or self._exact(block):
+        if keep and self.latest is not None and block is self.latest.block:
+            self.latest = None
+        elif not keep or block is self._whole or self._exact(block):
             self._settle()
         else:
             block.add_to(self.flat, -1.0)
+            self._dust = block.indices is None and block.size == self.size
         return coverage
 
     def partition(self, count: int) -> Block:
@@ -153,22 +166,25 @@ class Owed:
         self._coverage = None
 
     def _settle(self) -> None:
-        self.only = self._sum = self._whole = None
+        self.latest = self._sum = self._whole = None
+        self._dust = False
         self.unsaid = 0
 
     def twin(self) -> Owed:
         """An account of another neighbour that is owed the same."""
         made = Owed(self.size, awaited=self.awaited)
-        made.only, made.cursor, made.cloud = self.only, self.cursor, self.cloud
+        made.latest, made.cursor, made.cloud = self.latest, self.cursor, self.cloud
         made.unsaid = self.size if self else 0
-        made._sum = None if self._sum is None else self._sum.copy()
+        made._sum, made._dust = None if self._sum is None else self._sum.copy(), self._dust
         made._spans, made._coverage = dict(self._spans), None
         return made
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which copies what it keeps."""
         return {
-            "sum": None if not self else self.only.values if self.only is not None else self.flat,
+            "latest": None if self.latest is None else self.latest.values,
+            "sum": self._sum,
+            "dust": self._dust,
             "spans": self._spans,
             "cursor": self.cursor,
             "unsaid": self.unsaid,
@@ -179,9 +195,11 @@ class Owed:
     def of(cls, size: int, me: PeerId, state: Mapping[str, Any], *, awaited: bool = True) -> Owed:
         """Inverse of ``state``, on the peer ``me``."""
         made = cls(size, awaited=awaited)
+        if (held := state["latest"]) is not None:
+            made.latest = Piece(held if isinstance(held, Block) else np.array(held, dtype=np.float32), me, size)
         if state["sum"] is not None:
-            held = state["sum"]
-            made.only = Piece(held if isinstance(held, Block) else np.array(held, dtype=np.float32), me, size)
+            made._sum = np.array(state["sum"], dtype=np.float32)
+        made._dust = state["dust"]
         made._spans, made._coverage, made.cursor = dict(state["spans"]), None, tuple(state["cursor"])
         made.unsaid, made.cloud = state["unsaid"], state["cloud"]
         return made

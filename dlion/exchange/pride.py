@@ -260,9 +260,9 @@ class Pride(Estates):
             if block is None and not owed.flat.any():
                 owed.clear()
             return block
-        only = owed.only.values if owed.only is not None else None
-        if isinstance(only, Block) and only.nbytes_max <= budget_bytes:
-            return owed.everything()
+        latest = owed.latest.values if owed.latest is not None else None
+        if isinstance(latest, Block) and latest.nbytes_max <= budget_bytes:
+            return latest
         for encoding in self.ladder:
             if block_bytes(encoding, ctx.layout.size) <= budget_bytes:
                 return dense(owed.flat, encoding)

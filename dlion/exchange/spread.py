@@ -288,7 +288,7 @@ class Spread(Exchange):
 
     def _message(self, owed: Owed, block: Block, plan: str, ctx: Context) -> Message:
         """``block`` of ``owed`` goes out."""
-        origin = owed.only.origin if owed.only is not None and block is owed.only.block else ctx.me
+        origin = owed.latest.origin if owed.latest is not None and block is owed.latest.block else ctx.me
         coverage = owed.said(block, keep=self.keep)
         step = max((span.last for span in coverage), default=ctx.step)
         fields = {"cloud": owed.cloud, "plan": plan} if plan else {"cloud": owed.cloud}
