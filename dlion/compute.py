@@ -6,12 +6,16 @@ Law: runs callables; knows nothing of what they do. Real lanes are threads; the 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+
+TICK_S = 2e-3
+"""Loops wake up to a tick late: the last of a pause is slept by the lane's thread."""
 
 
 class Lane(StrEnum):
@@ -39,6 +43,7 @@ class Threads:
     def __init__(self, *, paced: bool = False) -> None:
         self._lanes = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"dlion-{lane.value}") for lane in Lane}
         self._paced = paced
+        self._closed = threading.Event()
         self._busy = dict.fromkeys(Lane, False)
         self._behind_s = self._given_up_s = self._modelled_s = 0.0
 
@@ -61,7 +66,9 @@ class Threads:
         """Sleep until the modelled end. What we are late by shortens the next step; more than a step is given up."""
         due = started + cost_s - self._behind_s
         self._modelled_s += cost_s
-        await asyncio.sleep(max(0.0, due - loop.time()))
+        await asyncio.sleep(max(0.0, due - TICK_S - loop.time()))
+        if (rest_s := due - loop.time()) > 0:
+            await loop.run_in_executor(self._lanes[Lane.TRAIN], self._closed.wait, rest_s)
         self._behind_s = max(0.0, loop.time() - due)
         if self._behind_s > cost_s:
             self._given_up_s += self._behind_s
@@ -72,6 +79,7 @@ class Threads:
         return (self._given_up_s + self._behind_s) / self._modelled_s if self._modelled_s else 0.0
 
     def close(self) -> None:
-        """End the threads. One that is in the middle of a job, which nothing can interrupt, ends with it."""
+        """End the threads and their pauses. One in the middle of a job, which nothing can interrupt, ends with it."""
+        self._closed.set()
         for lane, thread in self._lanes.items():
             thread.shutdown(wait=not self._busy[lane], cancel_futures=True)
