@@ -28,6 +28,10 @@ class Lane(StrEnum):
 class Compute(Protocol):
     """Runs jobs. ``cost_s`` maps a job's result to its modelled duration in seconds; real lanes may ignore it."""
 
+    late_s: float
+    """By how much more than modelled (or less, to make up for that) the last paced job took: a machine that is modelled
+    does not notice."""
+
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T: ...
 
     @property
@@ -45,7 +49,7 @@ class Threads:
         self._paced = paced
         self._closed = threading.Event()
         self._busy = dict.fromkeys(Lane, False)
-        self._behind_s = self._given_up_s = self._modelled_s = 0.0
+        self._behind_s = self._given_up_s = self._modelled_s = self.late_s = 0.0
 
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
         loop = asyncio.get_running_loop()
@@ -64,12 +68,14 @@ class Threads:
 
     async def _pad(self, loop: asyncio.AbstractEventLoop, started: float, cost_s: float) -> None:
         """Sleep until the modelled end. What we are late by shortens the next step; more than a step is given up."""
-        due = started + cost_s - self._behind_s
+        before_s = self._behind_s
+        due = started + cost_s - before_s
         self._modelled_s += cost_s
         await asyncio.sleep(max(0.0, due - TICK_S - loop.time()))
         if (rest_s := due - loop.time()) > 0:
             await loop.run_in_executor(self._lanes[Lane.TRAIN], self._closed.wait, rest_s)
         self._behind_s = max(0.0, loop.time() - due)
+        self.late_s = self._behind_s - before_s
         if self._behind_s > cost_s:
             self._given_up_s += self._behind_s
             self._behind_s = 0.0

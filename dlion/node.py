@@ -221,7 +221,7 @@ class Node:
             except Ended as end:
                 self.stop(str(end))
                 break
-            seconds = self.now - started
+            seconds = self.now - started - compute.late_s
             self._stepped(result, seconds, waits)
             batcher.observe(batch, seconds)
             if not self.membership.roster.me.samples_per_s:  # all wait to hear how fast we are

@@ -38,7 +38,7 @@ WATCH_S = 120.0
 class ModelledCompute:
     """Jobs run at once, in the loop; then their modelled duration passes. One job at a time per lane."""
 
-    overrun = 0.0
+    overrun = late_s = 0.0
 
     def __init__(self) -> None:
         self._free_at = dict.fromkeys(Lane, 0.0)

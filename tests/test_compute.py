@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from functools import partial
 
 from dlion.compute import Lane, Threads
 
@@ -45,6 +46,24 @@ def test_a_paced_lane_lasts_as_long_as_modelled_and_carries_its_errors_over() ->
     late_s, overrun = asyncio.run(main())
     assert late_s > -0.001
     assert abs(overrun * 0.200 - max(0.0, late_s)) < 0.005 or overrun > 0.02
+
+
+def test_what_a_step_is_late_by_is_not_the_modelled_machines() -> None:
+    """A step that takes half as long again as modelled, and the next, which makes up for it: both last as modelled."""
+
+    async def main() -> list[float]:
+        threads, loop = Threads(paced=True), asyncio.get_running_loop()
+        took_s = []
+        for work_s in (0.3, 0.0):
+            started = loop.time()
+            await threads.run(Lane.TRAIN, partial(time.sleep, work_s), lambda _: 0.2)
+            took_s += [loop.time() - started, loop.time() - started - threads.late_s]
+        threads.close()
+        return took_s
+
+    slow_s, first_s, fast_s, second_s = asyncio.run(main())
+    assert slow_s >= 0.3 and fast_s < 0.2
+    assert abs(first_s - 0.2) < 0.05 and abs(second_s - 0.2) < 0.05
 
 
 def test_waiting_between_steps_does_not_shorten_them() -> None:
