@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dlion.cli.build import Plan, exchange_of
 from dlion.cli.simulate import Played, play
 from dlion.config import ConfigError, load_job, load_topology
+from dlion.exchange import pride
 from dlion.exchange.base import Add, Update
 from dlion.exchange.pride import ECHO_PER_SAMPLE, SAVINGS_S, Allowance, Pride
 from dlion.mesh.topology import Speed, Topology
@@ -91,6 +92,22 @@ def test_who_fell_behind_once_is_told_the_same_bytes_as_all_others_again() -> No
     assert bench.disagreement < 1e-6
 
 
+def test_steps_that_are_shorter_than_lanes_need_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pride, "LANE_SHARE", 1e-5)
+    bench = Bench(Pride, 2, layout=LAYOUT)
+    start = bench.seats[B].weights.copy()
+    for _ in range(3):
+        bench.step("a", unit)
+    assert len(bench.flying[A, B][Stream.UPDATE]) == 1
+    assert bench.fire()
+    assert bench.now >= LAYOUT.size * (pride.SAY_S_PER_ENTRY + pride.HEAR_S_PER_ENTRY) / 1e-5
+    assert len(bench.flying[A, B][Stream.UPDATE]) == 2
+    bench.deliver_all()
+    assert bench.seats[B].replica.applied[A] == 2
+    np.testing.assert_allclose(bench.seats[B].view - start, 1.5, atol=1e-2)
+    assert not bench.fire()
+
+
 def unit(peer: str, step: int, weights: Flat) -> Flat:
     return np.ones_like(weights)
 
@@ -129,10 +146,10 @@ def test_a_step_stands_for_what_others_do_meanwhile_and_no_more_than_its_samples
     while bench.fire(bench.now):
         pass
     bench.deliver_all()
-    ctx, pride = bench.seats[A].ctx, bench.seats[A].exchange
+    ctx, exchange = bench.seats[A].ctx, bench.seats[A].exchange
     ctx.members = {p: replace(m, samples_per_s=float(m.batch)) for p, m in ctx.members.items()}
-    assert isinstance(pride, Pride)
-    step = next(iter(pride.after_step(Update(0, np.ones(700, dtype=np.float32), 1.0, batch, 0.1, 0.1), ctx)))
+    assert isinstance(exchange, Pride)
+    step = next(iter(exchange.after_step(Update(0, np.ones(700, dtype=np.float32), 1.0, batch, 0.1, 0.1), ctx)))
     assert isinstance(step, Add)
     assert step.scale == pytest.approx(1.0 + others)
 

@@ -5,7 +5,8 @@ per link, so that sent + residual = all updates and replicas cannot drift apart 
 al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it together:
 
 - *Rounding is done once.* A step is rounded for all; what rounding leaves goes into the next. A link that keeps up is
-  told the same bytes as all others, and needs no account.
+  told the same bytes as all others, and needs no account. Where steps are so short that lanes could not keep up,
+  several are rounded as one.
 - *Staleness costs more than imprecision.* A link that does not keep up is told all that it is owed, in the finest
   numbers that leave within ``period_s``, else the largest entries, whenever it can take something. Nobody waits.
 - *Speculation.* What a neighbour does reaches us late. Until then we assume, from the first step on, that it moves as
@@ -36,10 +37,10 @@ from dlion.tensors import Flat, add_scaled
 
 ENVELOPE_BYTES, SPAN_BYTES = 96, 16
 """What a message takes beyond its block, at most; and for each span, beyond its name."""
-LANE_S_PER_ENTRY = 16e-9
-"""What a message costs the exchange lane per entry of the model: about four passes over it."""
+SAY_S_PER_ENTRY, HEAR_S_PER_ENTRY = 4e-9, 2e-9
+"""What a message costs the exchange lane of its sender and of a receiver, per entry of the model."""
 LANE_SHARE = 0.2
-"""Most of a core that the messages of all links together may take."""
+"""Most of a core that all that is said and heard may take."""
 ECHO_PER_SAMPLE = 16.0
 """Most others, in our weighed steps, that each sample of an own step may stand for: one says little of them."""
 SUMMED_PER_STEP = 64
@@ -122,6 +123,10 @@ class Pride(Estates):
         """By whom we hear of each peer's steps."""
         self._heard_at: dict[Account, float] = {}
         self._draining = False
+        self._unsaid_from: int | None = None
+        """The first own step that is in ``_rest`` as a whole."""
+        self._say_at = 0.0
+        """Earlier than that our lane and the others' would have too much to do."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -130,11 +135,10 @@ class Pride(Estates):
         self._rest = np.zeros(self._size, dtype=np.float32)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
-        """Add the own step; then round it for all who must hear of it, and say it."""
+        """Add the own step; then round it for all who must hear of it, and say it, unless we did so just before."""
         values = update.values
         if ctx.share != 1.0:
             values *= np.float32(ctx.share)
-        coverage = (Span(ctx.me, update.step, update.step),)
         self._last[ctx.me] = update.step
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
@@ -142,15 +146,29 @@ class Pride(Estates):
         assumed = Assumed(ctx.now, values, self._factors(ctx))
         if assumed.factors:
             self._assumed.append(assumed)
-        yield Add(values, 1.0 + assumed.total, coverage)
+        yield Add(values, 1.0 + assumed.total, (Span(ctx.me, update.step, update.step),))
         if not self._told(ctx):
             return
         self._rest += values
+        if self._unsaid_from is None:
+            self._unsaid_from = update.step
+        yield from self.on_timer("say", ctx)
+
+    def _unsaid_steps(self, ctx: Context) -> tuple[Span, ...]:
+        first, self._unsaid_from = self._unsaid_from, None
+        return () if first is None else (Span(ctx.me, first, self._last[ctx.me]),)
+
+    def _round(self, ctx: Context) -> None:
+        """Own steps become a message to all."""
+        self._say_at = ctx.now + self._lane_s(ctx)
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
-        self._owe(block, coverage, ctx)
-        del block  # and with it its numbers, unless somebody is owed just that
-        yield from self.on_timer("say", ctx)
+        self._owe(block, self._unsaid_steps(ctx), ctx)
+
+    @staticmethod
+    def _lane_s(ctx: Context) -> float:
+        """How long what each peer says to all keeps a lane busy that has its share of a core."""
+        return ctx.layout.size * (SAY_S_PER_ENTRY + len(ctx.links) * HEAR_S_PER_ENTRY) / LANE_SHARE
 
     @staticmethod
     def _told(ctx: Context) -> list[PeerId]:
@@ -163,9 +181,12 @@ class Pride(Estates):
             self._account(peer, ctx.cloud, ctx).add(piece, coverage)
 
     def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
-        if not self._draining:
-            yield from self._tell(list(self.owed), ctx)
-            yield from self._later(ctx)
+        if self._draining:
+            return
+        if self._unsaid_from is not None and ctx.now >= self._say_at:
+            self._round(ctx)
+        yield from self._tell(list(self.owed), ctx)
+        yield from self._later(ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         yield from super().on_message(origin, message, ctx)
@@ -201,7 +222,7 @@ class Pride(Estates):
         while self._assumed:
             yield self._drop()
         if self._rest.any():
-            self._owe(exact(self._rest), (), ctx)
+            self._owe(exact(self._rest), self._unsaid_steps(ctx), ctx)
             self._rest = np.zeros_like(self._rest)
         yield from self.settle(ctx)
         limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
@@ -224,13 +245,14 @@ class Pride(Estates):
 
     def state(self) -> dict[str, Any]:
         assumed = self.view(np.zeros(self._size, dtype=np.float32))
-        mine = {"rest": self._rest}
+        mine = {"rest": self._rest, "unsaid_from": self._unsaid_from}
         return {**super().state(), **mine, **({"assumed": -assumed} if self._assumed else {})}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         """What was assumed is taken back as if of somebody who left."""
         super().restore(state, ctx)
         self._rest = np.array(state["rest"], dtype=np.float32)
+        self._unsaid_from = state["unsaid_from"]
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
             self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
@@ -270,13 +292,14 @@ class Pride(Estates):
 
     def budget_bytes(self, link: LinkView, ctx: Context) -> int:
         """What the link carries in a period (longer where the lane could not keep up), or its window if larger."""
-        period_s = max(self.period_s, len(ctx.links) * ctx.layout.size * LANE_S_PER_ENTRY / LANE_SHARE)
-        return max(int(link.rate_bps * period_s / 8), link.writable_bytes)
+        return max(int(link.rate_bps * max(self.period_s, self._lane_s(ctx)) / 8), link.writable_bytes)
 
     def _later(self, ctx: Context) -> Iterator[Timer]:
-        """Links that spare their allowance are looked at again a period later."""
+        """Links that spare their allowance are looked at again a period later, own steps when lanes are free."""
         owing = {peer for (peer, _), owed in self.owed.items() if owed}
-        if any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
+        if self._unsaid_from is not None and not self._draining:
+            yield Timer(self._say_at, "say")
+        elif any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
             yield Timer(ctx.now + self.period_s, "say")
 
     # -- what to assume ------------------------------------------------------------------------------------------
