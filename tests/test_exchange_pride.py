@@ -114,7 +114,7 @@ def unit(peer: str, step: int, weights: Flat) -> Flat:
 
 def test_others_are_assumed_to_move_as_we_do_until_they_are_heard() -> None:
     """From the first step on: with momentum, steps that miss what others do overshoot, and the start decides much."""
-    bench = Bench(Pride, 2, layout=LAYOUT)
+    bench = Bench(partial(Pride, foresight=0.0), 2, layout=LAYOUT)
     a, b = bench.seats[A], bench.seats[B]
     start = a.weights.copy()
     for peer in ("a", "b"):
@@ -141,7 +141,7 @@ def test_others_are_assumed_to_move_as_we_do_until_they_are_heard() -> None:
 @pytest.mark.parametrize(("batch", "others"), [(1, ECHO_PER_SAMPLE), (64, 9.0), (320, 1.0)])
 def test_a_step_stands_for_what_others_do_meanwhile_and_no_more_than_its_samples_can(batch: int, others: float) -> None:
     """Of 640 samples. A whole local step on one sample would be mostly noise: with momentum it diverged."""
-    bench = Bench(Pride, 2, layout=LAYOUT, batches={"a": batch, "b": 640 - batch})
+    bench = Bench(partial(Pride, foresight=0.0), 2, layout=LAYOUT, batches={"a": batch, "b": 640 - batch})
     bench.step("b", unit)
     while bench.fire(bench.now):
         pass
@@ -154,8 +154,24 @@ def test_a_step_stands_for_what_others_do_meanwhile_and_no_more_than_its_samples
     assert step.scale == pytest.approx(1.0 + others)
 
 
+def test_foresight_is_a_part_of_a_step_whatever_the_others_said_and_not_in_the_view() -> None:
+    bench = Bench(partial(Pride, foresight=0.25), 2, layout=LAYOUT)
+    a, start = bench.seats[A], bench.seats[A].weights.copy()
+    for _ in range(2):
+        for peer in ("a", "b"):
+            bench.step(peer, unit)
+        while bench.fire(bench.now):
+            pass
+        bench.now += 1.0
+        bench.deliver_all()
+    np.testing.assert_allclose(a.view - start, 2.0, atol=1e-2)
+    np.testing.assert_allclose(a.weights - a.view, 0.25, atol=1e-6)
+    bench.drain()
+    assert a.view is a.ctx.weights and bench.disagreement < 1e-6
+
+
 def test_of_the_silent_nothing_is_assumed_for_long() -> None:
-    bench = Bench(partial(Pride, trust_steps=3), 2, layout=LAYOUT)
+    bench = Bench(partial(Pride, trust_steps=3, foresight=0.0), 2, layout=LAYOUT)
     bench.step("b", unit)
     while bench.fire(bench.now):
         pass

@@ -12,6 +12,8 @@ al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it toget
 - *Speculation.* What a neighbour does reaches us late. Until then we assume, from the first step on, that it moves as
   we do, in proportion to its speed, and take that back when its word of that time arrives. Own steps are kept for
   this, at most ``trust_steps`` of them: who is silent for longer is no longer guessed.
+- *Foresight.* A part of a whole step in the direction of our last is assumed once more until the next, whatever the
+  others have said: gradients are taken where we shall be (as in Nesterov's method; Sutskever et al., ICML 2013).
 - *Estates.* What a dead peer had told some and not others is settled in the drain: the first of those who heard it
   tells the rest what it had heard in all (``estates``). (A neighbour
   costs two arrays of the model's size: owed, and heard.)
@@ -52,7 +54,8 @@ ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Enco
 
 @dataclass
 class Assumed:
-    """An own step, done at ``at``, that others were assumed to do too: ``factors`` by whom we shall hear of theirs."""
+    """An own step, done at ``at``, that others were assumed to do too: ``factors`` by whom we shall hear of theirs, and
+    our own foresight."""
 
     at: float
     values: Flat
@@ -89,8 +92,8 @@ class Allowance:
 
 class Pride(Estates):
     """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
-    much of the others' moves to assume, 0 to 1; ``wan_bytes_per_s``: limit on each link out of the micro-cloud (0:
-    none)."""
+    much of the others' moves to assume, and ``foresight``: of a whole step to be ahead, 0 to 1; ``wan_bytes_per_s``:
+    limit on each link out of the micro-cloud (0: none)."""
 
     name = "pride"
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
@@ -101,6 +104,7 @@ class Pride(Estates):
         period_s: float = 0.15,
         bits: int = 4,
         speculation: float = 1.0,
+        foresight: float = 0.25,
         trust_steps: int = 8,
         wan_bytes_per_s: float = 0.0,
     ) -> None:
@@ -110,11 +114,13 @@ class Pride(Estates):
                 "pride: expected period_s > 0, speculation in [0, 1], trust_steps >= 1 and wan_bytes_per_s >= 0, "
                 f"got {period_s}, {speculation}, {trust_steps} and {wan_bytes_per_s}"
             )
+        if not 0 <= foresight <= 1:
+            raise ValueError(f"pride: foresight must be in [0, 1], got {foresight}")
         if bits not in ENCODINGS:
             raise ValueError(f"pride: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.period_s = period_s
         self.ladder = tuple(encoding for b, encoding in ENCODINGS.items() if b <= bits)
-        self.speculation = speculation
+        self.speculation, self.foresight = speculation, foresight
         self.trust_steps = trust_steps
         self.allowance = Allowance(wan_bytes_per_s)
         self._assumed: deque[Assumed] = deque()
@@ -143,7 +149,10 @@ class Pride(Estates):
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
+        yield from self._take_back(mine := (ctx.me, False), until_s=ctx.now)
         assumed = Assumed(ctx.now, values, self._factors(ctx))
+        if self.foresight and self._told(ctx):
+            assumed.factors[mine] = self.foresight * min(1.0 / ctx.share, ECHO_PER_SAMPLE * max(ctx.batch, 1))
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, (Span(ctx.me, update.step, update.step),))
