@@ -334,11 +334,13 @@ def test_ctrl_c_ends_a_step_that_waits(tmp_path: Path) -> None:
     other = threading.Thread(target=idles)
     other.start()
     model, options = seeded(), Options(addresses=meeting.of("a"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(KeyboardInterrupt), attach(model, sgd(model), peers["a"], options=options) as pride:
             waiting.set()
             loop(pride, model, batches("a", 3))
     finally:
+        signal.signal(signal.SIGINT, before)
         over.set()
         other.join(30)
     assert not other.is_alive()
