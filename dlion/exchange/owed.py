@@ -136,7 +136,7 @@ class Owed:
         for span in coverage:
             del self._spans[span.origin]
         if keep and self.latest is not None and block is self.latest.block:
-            self.latest = None
+            self.latest = self._whole = None
         elif not keep or block is self._whole or self._exact(block):
             self._settle()
         else:

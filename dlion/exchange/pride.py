@@ -150,13 +150,13 @@ class Pride(Estates):
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
         yield from self._take_back(mine := (ctx.me, False), until_s=ctx.now)
-        assumed = Assumed(ctx.now, values, self._factors(ctx))
-        if self.foresight and self._told(ctx):
+        assumed, told = Assumed(ctx.now, values, self._factors(ctx)), self._told(ctx)
+        if self.foresight and told:
             assumed.factors[mine] = self.foresight * min(1.0 / ctx.share, ECHO_PER_SAMPLE * max(ctx.batch, 1))
         if assumed.factors:
             self._assumed.append(assumed)
         yield Add(values, 1.0 + assumed.total, (Span(ctx.me, update.step, update.step),))
-        if not self._told(ctx):
+        if not told:
             return
         self._rest += values
         if self._unsaid_from is None:
