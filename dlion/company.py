@@ -147,8 +147,9 @@ class Company:
                 timer.cancel()
         self.neighbours.close()
 
-    def show(self, ctx: Context) -> None:
-        """The strategy's picture of members and links, brought up to date while its lane rests."""
+    def show(self, ctx: Context, lane_s: float) -> None:
+        """The strategy's picture of members, links and its lane, brought up to date while that rests."""
+        ctx.lane_s = lane_s
         connections = self.neighbours.connections
         anew = self.membership.show(ctx, connections, (p for p, c in connections.items() if c.connected))
         if anew:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
@@ -31,6 +32,8 @@ class Compute(Protocol):
     late_s: float
     """By how much more than modelled (or less, to make up for that) the last paced job took: a machine that is modelled
     does not notice."""
+    exchange_s: float
+    """Processor time of the exchange lane's jobs so far (modelled where lanes are)."""
 
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T: ...
 
@@ -42,29 +45,33 @@ class Compute(Protocol):
 
 
 class Threads:
-    """A thread per lane. With ``paced`` the train lane pads each job to its modelled duration, errors carried over."""
+    """A thread per lane. With ``paced`` the train lane pads each job that has a modelled duration to that; errors are
+    carried over."""
 
     def __init__(self, *, paced: bool = False) -> None:
         self._lanes = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"dlion-{lane.value}") for lane in Lane}
         self._paced = paced
         self._closed = threading.Event()
         self._busy = dict.fromkeys(Lane, False)
-        self._behind_s = self._given_up_s = self._modelled_s = self.late_s = 0.0
+        self._behind_s = self._given_up_s = self._modelled_s = self.late_s = self.exchange_s = 0.0
 
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
         loop = asyncio.get_running_loop()
         started = loop.time()
         result = await loop.run_in_executor(self._lanes[lane], self._do, lane, job)
-        if self._paced and lane is Lane.TRAIN:
-            await self._pad(loop, started, cost_s(result))
+        if self._paced and lane is Lane.TRAIN and (modelled_s := cost_s(result)) > 0:
+            await self._pad(loop, started, modelled_s)
         return result
 
     def _do(self, lane: Lane, job: Callable[[], T]) -> T:
         self._busy[lane] = True
+        since = time.thread_time()
         try:
             return job()
         finally:
             self._busy[lane] = False
+            if lane is Lane.EXCHANGE:
+                self.exchange_s += time.thread_time() - since
 
     async def _pad(self, loop: asyncio.AbstractEventLoop, started: float, cost_s: float) -> None:
         """Sleep until the modelled end. What we are late by shortens the next step; more than a step is given up."""

@@ -290,7 +290,7 @@ class Node:
                 await self._idle
             items, self._inbox = self._inbox, []
             self._busy = True
-            self.company.show(self.ctx)
+            self.company.show(self.ctx, self.seams.compute.exchange_s)
             outcome = await self.seams.compute.run(
                 Lane.EXCHANGE,
                 partial(self.replica.run, items, self.now),

@@ -42,12 +42,15 @@ class ModelledCompute:
 
     def __init__(self) -> None:
         self._free_at = dict.fromkeys(Lane, 0.0)
+        self.exchange_s = 0.0
 
     async def run(self, lane: Lane, job: Callable[[], T], cost_s: Callable[[T], float]) -> T:
         loop = asyncio.get_running_loop()
         result = job()
         now = loop.time()
-        end = max(now, self._free_at[lane]) + cost_s(result)
+        seconds = cost_s(result)
+        self.exchange_s += seconds * (lane is Lane.EXCHANGE)
+        end = max(now, self._free_at[lane]) + seconds
         self._free_at[lane] = end
         if end > now:
             done = loop.create_future()

@@ -66,6 +66,34 @@ def test_what_a_step_is_late_by_is_not_the_modelled_machines() -> None:
     assert abs(first_s - 0.2) < 0.05 and abs(second_s - 0.2) < 0.05
 
 
+def test_who_has_no_modelled_speed_is_never_late() -> None:
+    """A real loop whose links are emulated: its steps last as long as they last."""
+
+    async def main() -> tuple[float, float]:
+        threads = Threads(paced=True)
+        await threads.run(Lane.TRAIN, partial(time.sleep, 0.01), lambda _: 0.0)
+        threads.close()
+        return threads.late_s, threads.overrun
+
+    assert asyncio.run(main()) == (0.0, 0.0)
+
+
+def test_only_the_exchange_lanes_work_is_counted_and_not_its_waiting() -> None:
+    def work() -> None:
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+
+    async def main() -> float:
+        threads = Threads()
+        for lane, job in ((Lane.TRAIN, work), (Lane.EXCHANGE, partial(time.sleep, 0.1)), (Lane.EXCHANGE, work)):
+            await threads.run(lane, job, lambda _: 0.0)
+        threads.close()
+        return threads.exchange_s
+
+    assert 0.02 <= asyncio.run(main()) < 0.05
+
+
 def test_waiting_between_steps_does_not_shorten_them() -> None:
     async def main() -> float:
         threads, loop = Threads(paced=True), asyncio.get_running_loop()

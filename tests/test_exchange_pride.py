@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from dlion.cli.build import Plan, exchange_of
 from dlion.cli.simulate import Played, play
 from dlion.config import ConfigError, load_job, load_topology
-from dlion.exchange import pride
 from dlion.exchange.base import Add, Update
 from dlion.exchange.pride import ECHO_PER_SAMPLE, SAVINGS_S, Allowance, Pride
 from dlion.mesh.topology import Speed, Topology
@@ -92,20 +91,31 @@ def test_who_fell_behind_once_is_told_the_same_bytes_as_all_others_again() -> No
     assert bench.disagreement < 1e-6
 
 
-def test_steps_that_are_shorter_than_lanes_need_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pride, "LANE_SHARE", 1e-5)
+@pytest.mark.parametrize("lane_s, steps_said", [(0.014, 20), (0.028, 11), (0.042, 8), (5.0, 7)])
+def test_steps_that_are_shorter_than_lanes_need_are_told_together(lane_s: float, steps_said: int) -> None:
+    """A lane that works for ``lane_s`` for what is said has a fifth of the time for that and for hearing as much, steps
+    are of 0.1 s. The first words tell what it costs, and nothing waits for more than half of the trusted steps."""
     bench = Bench(Pride, 2, layout=LAYOUT)
-    start = bench.seats[B].weights.copy()
-    for _ in range(3):
+    a, b = bench.seats[A], bench.seats[B]
+    start, flying = b.weights.copy(), bench.flying[A, B][Stream.UPDATE]
+    for step in range(20):
+        a.ctx.step_s, a.ctx.lane_s = 0.1, lane_s * len(flying)
+        bench.now = 0.1001 * step
         bench.step("a", unit)
-    assert len(bench.flying[A, B][Stream.UPDATE]) == 1
-    assert bench.fire()
-    assert bench.now >= LAYOUT.size * (pride.SAY_S_PER_ENTRY + pride.HEAR_S_PER_ENTRY) / 1e-5
-    assert len(bench.flying[A, B][Stream.UPDATE]) == 2
-    bench.deliver_all()
-    assert bench.seats[B].replica.applied[A] == 2
-    np.testing.assert_allclose(bench.seats[B].view - start, 1.5, atol=1e-2)
-    assert not bench.fire()
+    assert len(flying) == steps_said
+    bench.drain()
+    assert b.replica.applied[A] == 19
+    np.testing.assert_allclose(b.view - start, 10.0, rtol=1e-3)
+
+
+def test_one_long_job_in_the_lane_makes_no_word_wait() -> None:
+    bench = Bench(Pride, 2, layout=LAYOUT)
+    for step in range(12):
+        bench.seats[A].ctx.step_s = 0.1
+        bench.seats[A].ctx.lane_s += 3.0 if step % 4 == 2 else 0.01
+        bench.now = 0.1 * step
+        bench.step("a", unit)
+    assert len(bench.flying[A, B][Stream.UPDATE]) == 12
 
 
 def unit(peer: str, step: int, weights: Flat) -> Flat:

@@ -136,6 +136,8 @@ class Context:
     """Local steps done."""
     step_s: float = 0.0
     """Seconds from one local step to the next, smoothed."""
+    lane_s: float = 0.0
+    """Processor time that the exchange lane has taken so far."""
     batch: int = 0
     global_batch: int = 0
     members: dict[PeerId, Member] = field(default_factory=dict)

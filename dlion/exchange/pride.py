@@ -39,10 +39,11 @@ from dlion.tensors import Flat, add_scaled
 
 ENVELOPE_BYTES, SPAN_BYTES = 96, 16
 """What a message takes beyond its block, at most; and for each span, beyond its name."""
-SAY_S_PER_ENTRY, HEAR_S_PER_ENTRY = 4e-9, 2e-9
-"""What a message costs the exchange lane of its sender and of a receiver, per entry of the model."""
 LANE_SHARE = 0.2
-"""Most of a core that all that is said and heard may take."""
+"""Most of a core that the exchange lane may take if all say as much as we do. No step waits longer than half of those
+that are trusted."""
+SAY_AS_HEAR = 2.4
+"""What saying something to all costs a lane, in messages heard (measured: 2.2 to 2.6)."""
 ECHO_PER_SAMPLE = 16.0
 """Most others, in our weighed steps, that each sample of an own step may stand for: one says little of them."""
 SUMMED_PER_STEP = 64
@@ -131,8 +132,12 @@ class Pride(Estates):
         self._draining = False
         self._unsaid_from: int | None = None
         """The first own step that is in ``_rest`` as a whole."""
-        self._say_at = 0.0
-        """Earlier than that our lane and the others' would have too much to do."""
+        self._say_at = self._pause_s = 0.0
+        """Earlier than that our lane would have too much to do, and how long that is from one word to the next."""
+        self._worked_s, self._heard_count = 0.0, 0
+        """What the lane had done when we last said something, and what was heard since."""
+        self._hear_s = deque[float](maxlen=3)
+        """What hearing a message cost lately."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -169,15 +174,19 @@ class Pride(Estates):
 
     def _round(self, ctx: Context) -> None:
         """Own steps become a message to all."""
-        self._say_at = ctx.now + self._lane_s(ctx)
+        self._rest_lane(ctx)
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
         self._owe(block, self._unsaid_steps(ctx), ctx)
 
-    @staticmethod
-    def _lane_s(ctx: Context) -> float:
-        """How long what each peer says to all keeps a lane busy that has its share of a core."""
-        return ctx.layout.size * (SAY_S_PER_ENTRY + len(ctx.links) * HEAR_S_PER_ENTRY) / LANE_SHARE
+    def _rest_lane(self, ctx: Context) -> None:
+        """Say nothing more before a lane has had its time for saying this and hearing as much from each neighbour."""
+        self._hear_s.append((ctx.lane_s - self._worked_s) / (SAY_AS_HEAR + self._heard_count))
+        self._worked_s, self._heard_count = ctx.lane_s, 0
+        if len(self._hear_s) == 3:  # the middle one: a lane has other things to do, too
+            lane_s = sorted(self._hear_s)[1] * (SAY_AS_HEAR + len(ctx.links))
+            self._pause_s = min(lane_s / LANE_SHARE, self.trust_steps * ctx.step_s / 2)
+        self._say_at = ctx.now + self._pause_s
 
     @staticmethod
     def _told(ctx: Context) -> list[PeerId]:
@@ -199,6 +208,7 @@ class Pride(Estates):
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         yield from super().on_message(origin, message, ctx)
+        self._heard_count += 1
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return
@@ -301,7 +311,7 @@ class Pride(Estates):
 
     def budget_bytes(self, link: LinkView, ctx: Context) -> int:
         """What the link carries in a period (longer where the lane could not keep up), or its window if larger."""
-        return max(int(link.rate_bps * max(self.period_s, self._lane_s(ctx)) / 8), link.writable_bytes)
+        return max(int(link.rate_bps * max(self.period_s, self._pause_s) / 8), link.writable_bytes)
 
     def _later(self, ctx: Context) -> Iterator[Timer]:
         """Links that spare their allowance are looked at again a period later, own steps when lanes are free."""
