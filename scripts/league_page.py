@@ -92,7 +92,7 @@ def beside(rows: Rows) -> float | None:
     """By how many points the training replica is better than the deployable view, on the first peer, in the second
     half of the horizon; None where they are one."""
     found = [np.subtract(row["replica"], row["first"]) for row in rows if row["replica"]]
-    return 100 * float(np.mean([gap[len(gap) // 2 : -1] for gap in found])) if found else None
+    return 100 * float(np.mean([gap[len(gap) // 2 : -1].mean() for gap in found])) if found else None
 
 
 def shown(value: float | None, form: str = "{:.1f}") -> str:
