@@ -221,9 +221,11 @@ class Bench:
             self._handle(self.seats[p], DrainNow())
         for _ in range(EVENTS_MAX):
             self.deliver_all()
+            if self.fire():
+                continue
             for p in self.live:
                 self._handle(self.seats[p])
-            if not any(any(queues) for queues in self.flying.values()) and not self.fire():
+            if not any(map(any, self.flying.values())) and not any(self.seats[p].timers for p in self.live):
                 break
         for p in self.live:
             self._handle(self.seats[p], Barrier(None))
