@@ -174,12 +174,12 @@ class Pride(Estates):
 
     def _round(self, ctx: Context) -> None:
         """Own steps become a message to all."""
-        self._rest_lane(ctx)
+        self._spare_lane(ctx)
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
         self._owe(block, self._unsaid_steps(ctx), ctx)
 
-    def _rest_lane(self, ctx: Context) -> None:
+    def _spare_lane(self, ctx: Context) -> None:
         """Say nothing more before a lane has had its time for saying this and hearing as much from each neighbour."""
         self._hear_s.append((ctx.lane_s - self._worked_s) / (SAY_AS_HEAR + self._heard_count))
         self._worked_s, self._heard_count = ctx.lane_s, 0
