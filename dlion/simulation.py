@@ -49,7 +49,8 @@ class ModelledCompute:
         result = job()
         now = loop.time()
         seconds = cost_s(result)
-        self.exchange_s += seconds * (lane is Lane.EXCHANGE)
+        if lane is Lane.EXCHANGE:
+            self.exchange_s += seconds
         end = max(now, self._free_at[lane]) + seconds
         self._free_at[lane] = end
         if end > now:

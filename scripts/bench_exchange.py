@@ -7,7 +7,8 @@ connection. Both say a whole update (``full``) at the same time; a round ends wh
 link takes for the same bytes is in bench_link.py (its ``exchange_*`` figures); the difference is the lanes.
 
 Then the lane alone: seconds per item and per byte scanned, which virtual time charges for it
-(``NodeSettings.exchange_s_per_item`` and ``exchange_s_per_byte``).
+(``NodeSettings.exchange_s_per_item`` and ``exchange_s_per_byte``); and what ``pride`` takes to say and to hear a step,
+per entry of the model (the first is ``SAY_AS_HEAR`` times the second).
 """
 
 from __future__ import annotations
@@ -157,28 +158,28 @@ def measure(size: int, rounds: int) -> float:
 
 def lane_costs(rounds: int) -> tuple[float, float]:
     """(seconds per item, seconds per byte scanned) of one lane that says and hears with ``dlion``."""
-    small, _ = lane_seconds(64, 40 * rounds)
-    large, scanned = lane_seconds(1_000_000, rounds)
-    return small / 2, max(large - small, 0.0) / (4 * scanned)
+    say_s, hear_s, _ = lane_seconds("dlion", 64, 40 * rounds, 8 * 200.0)
+    small_s, size = say_s + hear_s, SIZES["4MB"]
+    say_s, hear_s, scanned = lane_seconds("dlion", size, rounds, 8 * 0.4 * size)
+    return small_s / 2, max(say_s + hear_s - small_s, 0.0) / (4 * scanned)
 
 
-def lane_seconds(size: int, rounds: int) -> tuple[float, float]:
-    """Median CPU seconds and entries scanned of one turn: an own update, a tenth of it said, and one heard."""
-    budget_bps = 8 * max(200.0, 0.4 * size)
-    mine, theirs = lane_of(A, B, size, "dlion", budget_bps), lane_of(B, A, size, "dlion", budget_bps)
+def lane_seconds(exchange: str, size: int, rounds: int, rate_bps: float = WIDE_BPS) -> tuple[float, float, float]:
+    """Median CPU seconds of an own update, and of one heard, and entries scanned for both."""
+    mine, theirs = lane_of(A, B, size, exchange, rate_bps), lane_of(B, A, size, exchange, rate_bps)
     rng = np.random.default_rng(0)
-    taken, scanned = [], []
+    said_s, heard_s, scanned = [], [], []
     for step in range(rounds + 2):
         values = rng.standard_normal((2, size), dtype=np.float32)
         begin = time.thread_time()
-        own = mine.run([Update(step, values[0], 1.0, 64, 0.1, 0.1)], 0.0)
-        ours = time.thread_time() - begin
-        body = theirs.run([Update(step, values[1], 1.0, 64, 0.1, 0.1)], 0.0).sends[0][1]
+        own = mine.run([Update(step, values[0], 1.0, 64, 0.1, 0.1)], float(step))
+        said_s.append(time.thread_time() - begin)
+        body = theirs.run([Update(step, values[1], 1.0, 64, 0.1, 0.1)], float(step)).sends[0][1]
         begin = time.thread_time()
-        heard = mine.run([Heard(B, 1, step + 1, body)], 0.0)
-        taken.append(ours + time.thread_time() - begin)
+        heard = mine.run([Heard(B, 1, step + 1, body)], step + 0.5)
+        heard_s.append(time.thread_time() - begin)
         scanned.append(own.scanned + heard.scanned)
-    return statistics.median(taken[2:]), statistics.median(scanned[2:])
+    return statistics.median(said_s[2:]), statistics.median(heard_s[2:]), statistics.median(scanned[2:])
 
 
 @click.command()
@@ -188,6 +189,8 @@ def main(as_json: bool, rounds: int) -> None:
     ratios = {f"lane_exchange_{name}_s": measure(size, rounds) for name, size in SIZES.items()}
     per_item, per_byte = lane_costs(rounds)
     ratios |= {"exchange_s_per_item": per_item, "exchange_s_per_byte": per_byte}
+    say_s, hear_s, _ = lane_seconds("pride", SIZES["4MB"], rounds)
+    ratios |= {"pride_say_s_per_entry": say_s / SIZES["4MB"], "pride_hear_s_per_entry": hear_s / SIZES["4MB"]}
     if as_json:
         print(json.dumps({"ratios": ratios}))
         return

@@ -167,6 +167,8 @@ SCENARIOS: Mapping[str, Scenario] = {
     },
     "crowd-6": crowded(3, 2, "mesh"),
     "crowd-6-bridges": crowded(3, 2, "bridges"),
+    "crowd-24": crowded(4, 6, "bridges"),
+    "crowd-24-mesh": crowded(4, 6, "mesh"),
     "crowd-60": crowded(10, 6, "bridges"),
     "crowd-60-tree": crowded(10, 6, "tree"),
     "tfako-2": tfako("two workers of 40 Mbit/s", 40, 40),

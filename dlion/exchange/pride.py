@@ -43,7 +43,7 @@ LANE_SHARE = 0.2
 """Most of a core that the exchange lane may take if all say as much as we do. No step waits longer than half of those
 that are trusted."""
 SAY_AS_HEAR = 2.4
-"""What saying something to all costs a lane, in messages heard (measured: 2.2 to 2.6)."""
+"""What saying something to all costs a lane, in messages heard (``scripts/bench_exchange.py``: 2.2 to 2.7)."""
 ECHO_PER_SAMPLE = 16.0
 """Most others, in our weighed steps, that each sample of an own step may stand for: one says little of them."""
 SUMMED_PER_STEP = 64
@@ -91,6 +91,26 @@ class Allowance:
         self._paid_until[peer] += nbytes / self.bytes_per_s
 
 
+class Pauses:
+    """How long the exchange lane needs from one of our words to the next: for saying it, and for hearing as much from
+    each neighbour."""
+
+    def __init__(self) -> None:
+        self.pause_s = 0.0
+        self.heard = 0
+        """Messages, since we last said something."""
+        self._worked_s = 0.0
+        self._hear_s = deque[float](maxlen=3)
+        """What hearing a message cost lately."""
+
+    def said(self, ctx: Context, most_s: float) -> None:
+        self._hear_s.append((ctx.lane_s - self._worked_s) / (SAY_AS_HEAR + self.heard))
+        self._worked_s, self.heard = ctx.lane_s, 0
+        if len(self._hear_s) == 3:  # the middle one: a lane has other things to do, too
+            lane_s = sorted(self._hear_s)[1] * (SAY_AS_HEAR + len(ctx.links))
+            self.pause_s = min(lane_s / LANE_SHARE, most_s)
+
+
 class Pride(Estates):
     """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
     much of the others' moves to assume, and ``foresight``: of a whole step to be ahead, 0 to 1; ``wan_bytes_per_s``:
@@ -132,12 +152,8 @@ class Pride(Estates):
         self._draining = False
         self._unsaid_from: int | None = None
         """The first own step that is in ``_rest`` as a whole."""
-        self._say_at = self._pause_s = 0.0
-        """Earlier than that our lane would have too much to do, and how long that is from one word to the next."""
-        self._worked_s, self._heard_count = 0.0, 0
-        """What the lane had done when we last said something, and what was heard since."""
-        self._hear_s = deque[float](maxlen=3)
-        """What hearing a message cost lately."""
+        self._pauses, self._say_at = Pauses(), 0.0
+        """Earlier than that lanes would have too much to do."""
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
@@ -174,19 +190,11 @@ class Pride(Estates):
 
     def _round(self, ctx: Context) -> None:
         """Own steps become a message to all."""
-        self._spare_lane(ctx)
+        self._pauses.said(ctx, self.trust_steps * ctx.step_s / 2)
+        self._say_at = ctx.now + self._pauses.pause_s
         block = dense(self._rest, self.ladder[0])
         block.add_to(self._rest, -1.0)
         self._owe(block, self._unsaid_steps(ctx), ctx)
-
-    def _spare_lane(self, ctx: Context) -> None:
-        """Say nothing more before a lane has had its time for saying this and hearing as much from each neighbour."""
-        self._hear_s.append((ctx.lane_s - self._worked_s) / (SAY_AS_HEAR + self._heard_count))
-        self._worked_s, self._heard_count = ctx.lane_s, 0
-        if len(self._hear_s) == 3:  # the middle one: a lane has other things to do, too
-            lane_s = sorted(self._hear_s)[1] * (SAY_AS_HEAR + len(ctx.links))
-            self._pause_s = min(lane_s / LANE_SHARE, self.trust_steps * ctx.step_s / 2)
-        self._say_at = ctx.now + self._pause_s
 
     @staticmethod
     def _told(ctx: Context) -> list[PeerId]:
@@ -208,7 +216,7 @@ class Pride(Estates):
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         yield from super().on_message(origin, message, ctx)
-        self._heard_count += 1
+        self._pauses.heard += 1
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return
@@ -311,7 +319,7 @@ class Pride(Estates):
 
     def budget_bytes(self, link: LinkView, ctx: Context) -> int:
         """What the link carries in a period (longer where the lane could not keep up), or its window if larger."""
-        return max(int(link.rate_bps * max(self.period_s, self._pause_s) / 8), link.writable_bytes)
+        return max(int(link.rate_bps * max(self.period_s, self._pauses.pause_s) / 8), link.writable_bytes)
 
     def _later(self, ctx: Context) -> Iterator[Timer]:
         """Links that spare their allowance are looked at again a period later, own steps when lanes are free."""
