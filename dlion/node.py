@@ -29,6 +29,7 @@ from dlion.net.link import Link
 from dlion.net.session import SessionLimits
 from dlion.observe.status import State as NodeState
 from dlion.seams import Learner, NodeSettings, Seams
+from dlion.trainlane import TrainLane
 from dlion.wire.admit import Admit
 from dlion.wire.limits import Limits
 
@@ -94,7 +95,14 @@ class Node:
         if pace.staged:
             self.replica.stage()
         self.company.porch.refusal = lambda: self.replica.newcomers.refusal
-        self._snapshot = np.empty_like(weights)
+        self._lane = TrainLane(
+            seams.compute,
+            learner.trainer,
+            self.replica,
+            topology.peers[me].speed,
+            lambda: self.now,
+            lambda: float(self.keeper.others() + self.meter.samples),
+        )
         self._inbox: list[Item] = []
         self._busy = False
         self._own_pending = False
@@ -207,36 +215,23 @@ class Node:
     # -- train loop ---------------------------------------------------------------------------------------------
 
     async def _train(self) -> None:
-        batcher, compute = self.learner.batcher, self.seams.compute
+        batcher = self.learner.batcher
         waits = await self._gate()
         while not self._stopping:
             batcher.members(self.membership.rates)
             batch = batcher.batch(self.now)
             self._note_batch(batch)
-            started = self.now
             try:
-                result = await compute.run(
-                    Lane.TRAIN, partial(self._compute, batch), partial(self._step_cost_s, batch, started)
-                )
+                result, seconds = await self._lane.step(batch)
             except Ended as end:
                 self.stop(str(end))
                 break
-            seconds = self.now - started - compute.late_s
             self._stepped(result, seconds, waits)
             batcher.observe(batch, seconds)
             if not self.membership.roster.me.samples_per_s:  # all wait to hear how fast we are
                 self._gossip()
             self.step += 1
             waits = await self._gate()
-
-    def _compute(self, batch: int) -> StepResult:
-        """In the train lane: snapshot, gradient, optimizer."""
-        self.replica.snapshot_into(self._snapshot)
-        return self.learner.trainer.step(self._snapshot, batch, float(self.keeper.others() + self.meter.samples))
-
-    def _step_cost_s(self, batch: int, started: float, _: StepResult) -> float:
-        speed = self.topology.peers[self.me].speed
-        return 0.0 if speed is None else speed.seconds(batch, started)
 
     def _note_batch(self, batch: int) -> None:
         if batch != self.ctx.batch:

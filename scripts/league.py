@@ -57,6 +57,8 @@ ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
     "pride, foresight 0": ("pride", {"exchange.settings.foresight": 0.0}),
     "pride, foresight 0.5": ("pride", {"exchange.settings.foresight": 0.5}),
+    "pride, 1 slice": ("pride", {"exchange.settings.slices": 1}),
+    "pride, 2 slices": ("pride", {"exchange.settings.slices": 2}),
     "pride, trust_steps 2": ("pride", {"exchange.settings.trust_steps": 2}),
     "pride, trust_steps 32": ("pride", {"exchange.settings.trust_steps": 32}),
     "pride, 8 bits": ("pride", {"exchange.settings.bits": 8}),

@@ -62,6 +62,21 @@ def test_adamw_equals_the_reference(decay: float) -> None:
     np.testing.assert_allclose(run(AdamW(betas=(b1, b2), weight_decay=decay)), w, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: Sgd(momentum=0.9, nesterov=True, weight_decay=0.1), lambda: AdamW(weight_decay=0.1), Sgd]
+)
+def test_what_an_optimizer_foresees_is_its_next_step_and_nothing_of_it_is_remembered(make: type[Sgd]) -> None:
+    rng = np.random.default_rng(1)
+    gradients = rng.standard_normal((3, SIZE), dtype=np.float32)
+    weights = rng.standard_normal(SIZE, dtype=np.float32)
+    asked, other = make(), make()
+    for gradient in gradients:
+        foreseen = asked.foresee(gradient.copy(), weights, 0.1)
+        asked.foresee(gradient[::-1].copy(), weights, 0.3)
+        for optimizer in (asked, other):
+            assert np.array_equal(optimizer.step(gradient.copy(), weights, 0.1), foreseen)
+
+
 def test_plain_leaves_the_gradient_alone() -> None:
     gradient = np.arange(3, dtype=np.float32)
     assert np.array_equal(Plain().step(gradient.copy(), gradient, 9.0), gradient)

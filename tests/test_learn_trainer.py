@@ -11,8 +11,9 @@ from dlion.cut import frozen
 from dlion.learn.optimizers import AdamW, Plain, Sgd
 from dlion.learn.schedules import Constant, Cosine
 from dlion.learn.trainer import Cursor, Order, Trainer, peer_seed
-from dlion.learn.workload import WorkloadSpec
+from dlion.learn.workload import Indices, WorkloadSpec
 from dlion.learn.workloads import build
+from dlion.tensors import Flat
 
 
 def trainer(*, samples: int = 20, seed: int = 1) -> Trainer:
@@ -91,3 +92,62 @@ def test_the_step_is_the_optimizers_delta_at_the_schedules_rate_and_the_snapshot
     delta = Trainer(workload, Sgd(), Constant(0.5), 1).step(snapshot, 4, 0)
     assert np.array_equal(delta.values, np.float32(-0.5) * gradient.values)
     assert (delta.samples, delta.learning_rate, delta.cursor) == (4, 0.5, (0, 0))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.sampled_from([0.0, 0.9]))
+def test_a_step_in_slices_where_nothing_moves_is_the_step_as_a_whole(sizes: list[int], momentum: float) -> None:
+    workload = build(WorkloadSpec("toy", size=9, train_limit=20), 0, ["a"], [1.0])
+    samples = np.random.default_rng(2).standard_normal((20, 9), dtype=np.float32)
+
+    def gradient(weights: Flat, batch: Indices, out: Flat) -> float:
+        np.subtract(weights, samples[batch].mean(axis=0), out=out)
+        return float(out.sum())
+
+    workload.gradient = gradient  # type: ignore[method-assign]
+    whole, sliced = (Trainer(workload, Sgd(momentum=momentum), Cosine(0.1, 1000), 1) for _ in range(2))
+    weights = np.ones(9, dtype=np.float32)
+    for k in range(3):
+        expected = whole.step(weights, sum(sizes), 7.0 * k)
+        sliced.begin(sum(sizes), 7.0 * k)
+        *before, found = [sliced.advance(weights.copy(), size) for size in sizes]
+        assert before == [None] * (len(sizes) - 1)
+        assert found is not None
+        np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=1e-6)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-4, abs=1e-5)
+        assert (found.samples, found.learning_rate, found.cursor) == (
+            expected.samples,
+            expected.learning_rate,
+            expected.cursor,
+        )
+
+
+def test_later_slices_are_taken_where_the_step_has_come_so_far() -> None:
+    """Gradients 1, 2, ... in turn: after a third of the batch, a third of what the step would then be, four times."""
+    workload = build(WorkloadSpec("toy", size=9, train_limit=20), 0, ["a"], [1.0])
+    seen: list[float] = []
+
+    def gradient(weights: Flat, batch: Indices, out: Flat) -> float:
+        seen.append(float(weights[0]))
+        out[:] = len(seen)
+        return 0.0
+
+    workload.gradient = gradient  # type: ignore[method-assign]
+    one = Trainer(workload, Sgd(momentum=0.5), Constant(1.0), 1)
+    velocity = 0.0
+    for k in range(2):
+        one.begin(6, 0.0)
+        results = [one.advance(np.full(9, 10.0, dtype=np.float32), 2, reach=4.0) for _ in range(3)]
+        first, second, third = 3 * k + 1.0, 3 * k + 2.0, 3 * k + 3.0
+        after = [0.0, (velocity / 2 + first) / 3, 2 * (velocity / 2 + (first + second) / 2) / 3]
+        np.testing.assert_allclose(seen[-3:], [10.0 - 4.0 * moved for moved in after], rtol=1e-5)
+        velocity = velocity / 2 + (first + second + third) / 3
+        assert results[2] is not None
+        np.testing.assert_allclose(results[2].values, -velocity, rtol=1e-5)
+
+
+def test_who_compares_samples_and_who_leaves_the_step_to_others_takes_a_batch_as_a_whole() -> None:
+    workload = build(WorkloadSpec("toy", size=9, train_limit=20), 0, ["a"], [1.0])
+    assert Trainer(workload, Sgd(), Constant(1.0), 1).divisible
+    assert not Trainer(workload, Plain(), Constant(1.0), 1).divisible
+    workload.separable = False  # type: ignore[attr-defined]
+    assert not Trainer(workload, AdamW(), Constant(1.0), 1).divisible

@@ -50,6 +50,7 @@ NODE = (
     "porch",
     "seams",
     "startline",
+    "trainlane",
 )
 """The files between which the node is divided."""
 SHARED = ("base", "estates", "pace", "owed", "spread", "rounds", "parts")

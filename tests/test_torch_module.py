@@ -89,6 +89,18 @@ def test_equal_to_the_numpy_mlp() -> None:
     assert loss == pytest.approx(expected_loss, abs=1e-5)
 
 
+def test_a_gradient_is_taken_in_slices_where_that_is_the_same_gradient() -> None:
+    def normalised() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 5), nn.BatchNorm1d(5), nn.Linear(5, CLASSES))
+
+    def divisible(subject: TorchWorkload) -> bool:
+        return Trainer(subject, subject.optimizer(Sgd()), Constant(0.1), 1).divisible
+
+    assert divisible(workload(mlp))
+    assert not divisible(workload(normalised))
+    assert not divisible(workload(mlp, lambda module: torch.optim.SGD(module.parameters(), lr=0.1)))
+
+
 def test_same_run_through_the_same_trainer_as_the_numpy_mlp() -> None:
     """Fifty steps of momentum SGD by the trainer, data in the same order: weights still agree to 1e-5."""
 

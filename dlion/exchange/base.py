@@ -183,6 +183,11 @@ class Exchange:
     ahead: bool = False
     """True: once ``after_step`` has yielded the ``Add`` that covers the step, the next one may start; what else it does
     goes on beside that."""
+    slices: int = 1
+    """In how many slices, at most, a step's gradient is taken: each where the replica is by then, and with what the
+    slices before it have done of the step."""
+    reach: float = 0.0
+    """By how much of a local step an own step moves the replica, as far as that is known: for those slices."""
     sums: bool = False
     """True: what is passed on may be summed with what comes later. Set to False where additions are put in order."""
     awaited: bool = True

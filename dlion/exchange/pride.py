@@ -14,6 +14,8 @@ al., ICLR 2018); four bits a value (as in Streaming DiLoCo). What holds it toget
   this, at most ``trust_steps`` of them: who is silent for longer is no longer guessed.
 - *Foresight.* A part of a whole step in the direction of our last is assumed once more until the next, whatever the
   others have said: gradients are taken where we shall be (as in Nesterov's method; Sutskever et al., ICML 2013).
+- *Slices.* A step's gradient is taken in several, each where we are by then: with what was heard meanwhile, and with
+  what the slices before it make of the step, for the others as for us.
 - *Estates.* What a dead peer had told some and not others is settled in the drain: the first of those who heard it
   tells the rest what it had heard in all (``estates``). (A neighbour
   costs two arrays of the model's size: owed, and heard.)
@@ -113,8 +115,8 @@ class Pauses:
 
 class Pride(Estates):
     """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
-    much of the others' moves to assume, and ``foresight``: of a whole step to be ahead, 0 to 1; ``wan_bytes_per_s``:
-    limit on each link out of the micro-cloud (0: none)."""
+    much of the others' moves to assume, and ``foresight``: of a whole step to be ahead, 0 to 1; ``slices`` of a step's
+    gradient, at most; ``wan_bytes_per_s``: limit on each link out of the micro-cloud (0: none)."""
 
     name = "pride"
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
@@ -126,6 +128,7 @@ class Pride(Estates):
         bits: int = 4,
         speculation: float = 1.0,
         foresight: float = 0.25,
+        slices: int = 4,
         trust_steps: int = 8,
         wan_bytes_per_s: float = 0.0,
     ) -> None:
@@ -141,7 +144,9 @@ class Pride(Estates):
             raise ValueError(f"pride: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.period_s = period_s
         self.ladder = tuple(encoding for b, encoding in ENCODINGS.items() if b <= bits)
-        self.speculation, self.foresight = speculation, foresight
+        if slices < 1:
+            raise ValueError(f"pride: slices must be at least 1, got {slices}")
+        self.speculation, self.foresight, self.slices = speculation, foresight, slices
         self.trust_steps = trust_steps
         self.allowance = Allowance(wan_bytes_per_s)
         self._assumed: deque[Assumed] = deque()
@@ -172,6 +177,7 @@ class Pride(Estates):
             yield self._drop()
         yield from self._take_back(mine := (ctx.me, False), until_s=ctx.now)
         assumed, told = Assumed(ctx.now, values, self._factors(ctx)), self._told(ctx)
+        self.reach = ctx.share * (1.0 + assumed.total)
         if self.foresight and told:
             assumed.factors[mine] = self.foresight * min(1.0 / ctx.share, ECHO_PER_SAMPLE * max(ctx.batch, 1))
         if assumed.factors:
@@ -227,7 +233,7 @@ class Pride(Estates):
         travelled_s = link.rtt_s / 2
         if link.rate_bps:
             travelled_s += 8 * sum(block.nbytes_max for block in message.blocks) / link.rate_bps
-        yield from self._take_back(key, until_s=ctx.now - travelled_s)
+        yield from self._take_back(key, until_s=ctx.now - travelled_s + ctx.step_s / 2)  # the nearest of our steps
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         self._via = {p: key for p, key in self._via.items() if p in ctx.members and key[0] in ctx.links}

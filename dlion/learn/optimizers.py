@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import sqrt
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,14 @@ class Optimizer(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """An optimizer that can be asked what it would do."""
+
+    def foresee(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        """As ``step``, but it remembers nothing of it."""
 
 
 class Plain:
@@ -55,6 +63,12 @@ class Sgd:
         self._velocity: Flat | None = None
 
     def step(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        return self._moved(gradient, weights, learning_rate, keep=True)
+
+    def foresee(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        return self._moved(gradient, weights, learning_rate, keep=False)
+
+    def _moved(self, gradient: Flat, weights: Flat, learning_rate: float, *, keep: bool) -> Flat:
         descent = np.float32(-learning_rate)
         if self._momentum and self._velocity is None:
             self._velocity = np.zeros_like(gradient)
@@ -66,7 +80,7 @@ class Sgd:
                 np.multiply(weights[piece], self._decay, out=spare)
                 g += spare
             if self._velocity is not None:
-                v = self._velocity[piece]
+                v = self._velocity[piece] if keep else self._velocity[piece].copy()
                 v *= self._momentum
                 v += g
                 if self._nesterov:
@@ -106,18 +120,26 @@ class AdamW:
         self._squares: Flat | None = None
 
     def step(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        self._steps += 1
+        return self._moved(gradient, weights, learning_rate, self._steps, keep=True)
+
+    def foresee(self, gradient: Flat, weights: Flat, learning_rate: float) -> Flat:
+        return self._moved(gradient, weights, learning_rate, self._steps + 1, keep=False)
+
+    def _moved(self, gradient: Flat, weights: Flat, learning_rate: float, steps: int, *, keep: bool) -> Flat:
         if self._sum is None or self._squares is None:
             self._sum, self._squares = np.zeros_like(gradient), np.zeros_like(gradient)
-        self._steps += 1
         beta1, beta2 = self._betas
-        of_mean = (1 - beta1) / (1 - beta1**self._steps)
-        of_root = sqrt((1 - beta2) / (1 - beta2**self._steps))
+        of_mean = (1 - beta1) / (1 - beta1**steps)
+        of_root = sqrt((1 - beta2) / (1 - beta2**steps))
         descent = np.float32(-learning_rate * of_mean / of_root)
         eps = np.float32(self._eps / of_root)
         decay = np.float32(-learning_rate * self._decay)
         scratch = np.empty(min(CHUNK, gradient.size), dtype=np.float32)
         for piece in _pieces(gradient.size):
             g, m, v = gradient[piece], self._sum[piece], self._squares[piece]
+            if not keep:
+                m, v = m.copy(), v.copy()
             root = scratch[: g.size]
             m *= np.float32(beta1)
             m += g

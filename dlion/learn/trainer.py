@@ -1,7 +1,7 @@
 """The step loop's inside: next batch, gradient, optimizer.
 
-Law: runs in the train lane only; reads the snapshot it is given and never writes it; knows no peer, link or time.
-The order of the data is a pure function of seed and cursor, so a logged cursor is enough to replay a batch.
+Law: runs in the train lane only; knows no peer, link or time. The order of the data is a pure function of seed and
+cursor, so a logged cursor is enough to replay a batch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, SupportsFloat
 
 import numpy as np
 
-from dlion.learn.optimizers import Optimizer
+from dlion.learn.optimizers import Foreseeing, Optimizer
 from dlion.learn.schedules import Schedule
 from dlion.learn.workload import Indices, Stateful, Workload
-from dlion.tensors import Flat
+from dlion.tensors import Flat, add_scaled
 
 
 class Cursor(NamedTuple):
@@ -82,6 +82,18 @@ class Order:
         return np.random.default_rng((self._seed, epoch)).permutation(self._size)
 
 
+@dataclass
+class Work:
+    """A step under way: its batch, and the gradient of the ``done`` samples so far, each counting 1 / batch."""
+
+    indices: Indices
+    rate: float
+    cursor: Cursor
+    gradient: Flat
+    done: int = 0
+    loss: float = 0.0
+
+
 class Trainer:
     """One peer's local training: a workload, an optimizer, a schedule and an order of the data."""
 
@@ -90,18 +102,59 @@ class Trainer:
         self._optimizer = optimizer
         self._schedule = schedule
         self._order = Order(workload.train_size, rng_seed)
+        self._work: Work | None = None
+        self._spare: Flat | None = None
+
+    @property
+    def divisible(self) -> bool:
+        """Can a gradient be taken in parts? Where the loss is a mean over samples, and the optimizer can be asked what
+        it would do."""
+        return isinstance(self._optimizer, Foreseeing) and getattr(self.workload, "separable", True)
 
     def step(self, snapshot: Flat, batch: int, global_samples: float) -> StepResult:
         """One step on ``batch`` samples at the rate for ``global_samples``. ``snapshot`` is read only."""
+        self.begin(batch, global_samples)
+        result = self.advance(snapshot, batch)
+        assert result is not None
+        return result
+
+    def begin(self, batch: int, global_samples: float) -> None:
+        """Draw the batch of a step that ``advance`` computes."""
         cursor = self._order.cursor
         indices = self._order.take(batch)
-        rate = self._schedule(global_samples)
         gradient = np.empty(self.workload.layout.size, dtype=np.float32)
-        loss = self.workload.gradient(snapshot, indices, gradient)
+        self._work = Work(indices, self._schedule(global_samples), cursor, gradient)
+
+    def advance(self, snapshot: Flat, samples: int, reach: float = 0.0) -> StepResult | None:
+        """The gradient of the next ``samples`` of the step's batch, at ``snapshot``; after the last of them the
+        optimizer's step. But for the first samples, ``snapshot`` is moved to where the step has come so far: by
+        ``reach`` of the part done of the step that it would be if its gradient were that of the part done.
+        """
+        work = self._work
+        assert work is not None
+        size, first = len(work.indices), work.done
+        found, part = work.gradient, samples / size
+        if first:
+            if self._spare is None:
+                self._spare = np.empty_like(snapshot)
+            np.multiply(work.gradient, np.float32(size / first), out=self._spare)
+            assert isinstance(self._optimizer, Foreseeing)
+            add_scaled(snapshot, self._optimizer.foresee(self._spare, snapshot, work.rate), reach * first / size)
+            found = self._spare
+        loss = self.workload.gradient(snapshot, work.indices[first : first + samples], found)
         if not isinstance(loss, (float, SupportsFloat)):
             raise TypeError(f"{type(self.workload).__name__}.gradient: expected the mean loss as result, got {loss!r}")
-        values = self._optimizer.step(gradient, snapshot, rate)
-        return StepResult(values, loss, batch, rate, cursor)
+        work.done += samples
+        if first:
+            add_scaled(work.gradient, found, part)
+        elif work.done < size:
+            work.gradient *= np.float32(part)
+        work.loss += part * float(loss)
+        if work.done < size:
+            return None
+        self._work = None
+        values = self._optimizer.step(work.gradient, snapshot, work.rate)
+        return StepResult(values, work.loss, size, work.rate, work.cursor)
 
     def state(self) -> dict[str, Any]:
         """Cursor, optimizer and the workload's own state, if any: with the weights, enough to go on bit by bit."""

@@ -56,7 +56,9 @@ class Workload(Protocol):
     def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
         """Write the mean gradient over samples ``batch`` (indices into the shard) to ``out``; return the mean loss.
 
-        ``weights`` is the train lane's snapshot: it does not change during the call and may not be written.
+        ``weights`` is the train lane's snapshot: it does not change during the call and may not be written. Where the
+        loss is no mean over samples (it compares them, or normalises by the batch), the workload has an attribute
+        ``separable = False``: else a batch may come in slices.
         """
 
     def evaluate(self, weights: Flat, limit: int | None = None) -> Evaluation:
@@ -119,6 +121,7 @@ class Part:
         self.layout = whole.layout
         self.global_train_size = whole.global_train_size
         self.train_size = max(1, int(share * whole.train_size))
+        self.separable = getattr(whole, "separable", True)
         self.initial, self.gradient, self.evaluate = whole.initial, whole.gradient, whole.evaluate
         if isinstance(whole, Stateful):
             self.state, self.restore = whole.state, whole.restore

@@ -168,6 +168,7 @@ class Guest:
         """``steps_itself``: the user's optimizer changes the module, else its gradients are taken. ``samples``: of all
         peers together; None: not known, and the global batch does not grow. ``keeps``: what else is in checkpoints."""
         self.places = places
+        self.separable = False  # the batch is the loop's
         self.ahead = False
         """The user computes while its last step is taken in, and is told what it lacks; set by it in its first turn."""
         self._steps_itself = steps_itself

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import default_collate
 
 from dlion.learn.optimizers import Optimizer, Plain
@@ -100,7 +101,7 @@ class TorchWorkload:
         self._factory, self._loss, self._data = module_factory, loss, data
         self._optimizer_factory = optimizer_factory
         self._device, self._dtype, self._averaged = torch.device(place.name), dtype, buffers == "averaged"
-        self._memory = place.memory
+        self._memory, self._whole = place.memory, place.gradient_share == 1
         self._scale = LossScale() if dtype is torch.float16 else None
         self._seed = 0
         self._draws = 0
@@ -167,6 +168,11 @@ class TorchWorkload:
         if targets.is_floating_point() or outputs.ndim < 2:
             raise ValueError("accuracy is defined for classes only: override TorchWorkload.right for this task")
         return float((outputs.argmax(1) == targets).float().mean())
+
+    @property
+    def separable(self) -> bool:
+        """Not where layers normalise by the batch, nor where only a part of each gradient leaves the device."""
+        return self._whole and not any(isinstance(layer, _BatchNorm) for layer in self.module.modules())
 
     # -- beyond the protocol ------------------------------------------------------------------------------------
 
