@@ -3,7 +3,7 @@
     python scripts/guess_lab.py --data ../shared/data/training [--scenario hetero-system] [--partition dirichlet]
         [--seed 1] [--until 40] [--phase 0.5] GUESS...
 
-A GUESS is ``lockstep`` (of all, without delay) or settings of ``Guess``, as in ``own=1,foresight=0.25,delay_s=0.12``.
+A GUESS is ``lockstep`` (of all, without delay) or settings of ``Guess``, as in ``own=1,foresight=0.25,slices=4``.
 Prints, for each, seconds to 80, 82, 83 and 84 % and the mean accuracy of the second half of the time, on the whole test
 set, smoothed over three points 2.5 s apart.
 
@@ -32,27 +32,25 @@ from dlion.learn.trainer import Order, peer_seed
 from dlion.messages import PeerId
 from dlion.tensors import Flat
 
-RATE, MOMENTUM, EVERY_S = 0.05, 0.9, 2.5
+RATE, MOMENTUM, EVERY_S, TRUST_STEPS = 0.05, 0.9, 2.5, 8
 GOALS = (0.80, 0.82, 0.83, 0.84)
 
 
 @dataclass(frozen=True)
 class Guess:
-    """How much of what is assumed of others, in the steps that they do during one of ours."""
+    """What a peer does about the others' steps that it has not heard of."""
 
     own: float = 0.0
-    """As we do, in proportion to their weight."""
+    """Of each that is not heard: so much of our step of that time, in proportion to its weight."""
     foresight: float = 0.0
     """A whole step like our own last, once more."""
-    heard: float = 0.0
-    """As we last heard of each."""
-    mates: float = 0.0
-    """Those beyond our micro-cloud: as its peers together did last."""
-    drift: float = 0.0
-    """Beside ``own``: the mean difference between what was heard and that, over so many steps."""
+    slices: int = 1
+    """A step's gradient in so many, each where we are by then, and"""
+    reach: float = 1.0
+    """so much of what the slices before it make of the step."""
+    micro: int = 1
+    """In place of each step so many, with that part of its samples; rate and momentum to match."""
     delay_s: float = 0.12
-    wait_s: float = 0.0
-    """How long a peer waits between two steps, for what others did at the same time."""
 
 
 class Peers:
@@ -71,9 +69,9 @@ class Peers:
         self.weight = {p: b / sum(self.batch.values()) for p, b in self.batch.items()}
         self.start: Flat = self.work[self.names[0]].initial(spec.seed).flat.copy()
 
-    def gradient(self, peer: PeerId, weights: Flat) -> Flat:
+    def gradient(self, peer: PeerId, weights: Flat, samples: int) -> Flat:
         found = np.empty_like(weights)
-        self.work[peer].gradient(weights, self.order[peer].take(self.batch[peer]), found)
+        self.work[peer].gradient(weights, self.order[peer].take(samples), found)
         return found
 
     def accuracy(self, weights: Flat) -> float:
@@ -87,7 +85,7 @@ def lockstep(peers: Peers, until_s: float, nesterov: bool) -> list[float]:
         at = weights - np.float32(RATE * MOMENTUM) * velocity if nesterov else weights
         velocity *= np.float32(MOMENTUM)
         for p in peers.names:
-            velocity += np.float32(peers.weight[p]) * peers.gradient(p, at)
+            velocity += np.float32(peers.weight[p]) * peers.gradient(p, at, peers.batch[p])
         weights = weights - np.float32(RATE) * velocity
         now += max(peers.step_s.values())
         while len(found) < now // EVERY_S:
@@ -101,71 +99,84 @@ class Free:
     def __init__(self, peers: Peers, guess: Guess) -> None:
         zero = np.zeros_like(peers.start)
         self.peers, self.guess = peers, guess
+        self.momentum = MOMENTUM ** (1 / guess.micro)
+        self.rate = RATE / guess.micro * (1 - self.momentum) / (1 - MOMENTUM)
+        self.batch = {p: max(1, round(b / guess.micro)) for p, b in peers.batch.items()}
         self.landed, self.far = peers.start.copy(), peers.start.copy()
         self.velocity = {p: zero.copy() for p in peers.names}
-        self.last, self.last_far, self.sum_far = (
-            dict.fromkeys(peers.names, zero),
-            dict.fromkeys(peers.names, zero),
-            zero.copy(),
-        )
-        self.near = {cloud: deque[Flat]() for cloud in peers.cloud.values()}
-        """Each micro-cloud's steps that are on their way to the others, oldest first."""
-        self.drift = {p: zero.copy() for p in peers.names} if guess.drift else {}
-        self.at = dict.fromkeys(peers.names, peers.start)
+        self.found = {p: zero.copy() for p in peers.names}
+        """The gradient of the slices so far, each sample counting 1 / batch."""
+        self.near = {cloud: deque[tuple[PeerId, float, Flat]]() for cloud in peers.cloud.values()}
+        """Each micro-cloud's steps that are on their way to the others, oldest first: whose, when, what."""
+        self.assumed = {p: deque[tuple[float, Flat, set[PeerId]]]() for p in peers.names}
+        """Own steps, and who was not yet heard of its step of that time."""
 
-    def step(self, p: PeerId) -> Flat:
-        self.velocity[p] *= np.float32(MOMENTUM)
-        self.velocity[p] += self.peers.gradient(p, self.at[p])
-        values = np.float32(-RATE * self.peers.weight[p]) * self.velocity[p]
+    def slice(self, p: PeerId, number: int) -> None:
+        guess, batch = self.guess, self.batch[p]
+        first, end = (batch * k // guess.slices for k in (number, number + 1))
+        if not number:
+            self.found[p] = np.zeros_like(self.peers.start)
+        if end > first:
+            at = self.where(p)
+            at -= np.float32(self.rate * guess.reach) * self.direction(p, first / batch) * np.float32(first > 0)
+            self.found[p] += np.float32((end - first) / batch) * self.peers.gradient(p, at, end - first)
+
+    def direction(self, p: PeerId, part: float) -> Flat:
+        """Velocity by which so much of the step goes, its gradient being that of the slices so far."""
+        return np.float32(self.momentum * part) * self.velocity[p] + self.found[p]
+
+    def where(self, p: PeerId) -> Flat:
+        guess, weight = self.guess, self.peers.weight
+        at = sum((values for _, _, values in self.near[self.peers.cloud[p]]), self.far.copy())
+        for _, values, unheard in self.assumed[p]:
+            at += np.float32(guess.own * sum(weight[q] for q in unheard) / weight[p]) * values
+        if guess.foresight and self.assumed[p]:
+            at += np.float32(guess.foresight / weight[p]) * self.assumed[p][-1][1]
+        return at
+
+    def land(self, p: PeerId, now: float) -> None:
+        peers = self.peers
+        self.velocity[p] = self.direction(p, 1.0)
+        values = np.float32(-self.rate * peers.weight[p]) * self.velocity[p]
         self.landed += values
-        self.last[p] = values
-        self.near[self.peers.cloud[p]].append(values)
-        return values
+        self.near[peers.cloud[p]].append((p, now, values))
+        self.assumed[p].append((now, values, set(peers.names) - {p}))
+        if len(self.assumed[p]) > TRUST_STEPS * self.guess.micro:
+            self.assumed[p].popleft()
+        self.heard(p, now, [q for q in peers.names if peers.cloud[q] == peers.cloud[p]])
 
-    def hear(self, p: PeerId) -> None:
-        """All others hear the oldest step of ``p`` that is on its way."""
-        values = self.near[self.peers.cloud[p]].popleft()
+    def hear(self, cloud: str) -> None:
+        """All others hear the oldest step of ``cloud`` that is on its way."""
+        p, at, values = self.near[cloud].popleft()
         self.far += values
-        self.sum_far += values - self.last_far[p]
-        self.last_far[p] = values
+        self.heard(p, at, [q for q in self.peers.names if self.peers.cloud[q] != cloud])
 
-    def begin(self, p: PeerId) -> None:
-        """Where the next gradient is taken."""
-        guess, weight, own = self.guess, self.peers.weight, self.last[p]
-        mates = [q for q in self.peers.names if self.peers.cloud[q] == self.peers.cloud[p]]
-        others = float(1 / weight[p] - 1)
-        at = sum(self.near[self.peers.cloud[p]], self.far.copy())
-        at += np.float32(guess.own * others + guess.foresight / weight[p]) * own
-        if guess.mates:
-            together = sum(weight[q] for q in mates)
-            at += np.float32(guess.mates * (1 / together - 1)) * sum(self.last[q] for q in mates)
-        if guess.heard or guess.drift:
-            heard = self.sum_far + sum(self.last[q] * np.float32(q != p) - self.last_far[q] for q in mates)
-            at += np.float32(guess.heard) * heard
-            if guess.drift:
-                self.drift[p] += np.float32(1 / guess.drift) * (heard - np.float32(others) * own - self.drift[p])
-                at += np.float32(1 + guess.foresight) * self.drift[p]
-        self.at[p] = at
+    def heard(self, p: PeerId, at: float, by: list[PeerId]) -> None:
+        for q in by:
+            for time, _, unheard in self.assumed[q]:
+                if time <= at:
+                    unheard.discard(p)
 
 
 def free(peers: Peers, until_s: float, guess: Guess, phase: float) -> list[float]:
     """Accuracies of what has landed. Peers begin within ``phase`` of a step of each other."""
     state, found, number, rng = Free(peers, guess), list[float](), count(), np.random.default_rng(5)
-    due = [(s * (1 + phase * rng.random()), next(number), "step", p) for p, s in peers.step_s.items()]
+    due = [(s * phase * rng.random(), next(number), "slice", p, 0) for p, s in peers.step_s.items()]
     heapq.heapify(due)
     while due[0][0] < until_s:
-        now, _, what, p = heapq.heappop(due)
+        now, _, what, p, slice_ = heapq.heappop(due)
         while len(found) < now // EVERY_S:
             found.append(peers.accuracy(state.landed))
         if what == "hear":
-            state.hear(p)
-        elif what == "begin":
-            state.begin(p)
-            heapq.heappush(due, (now + peers.step_s[p], next(number), "step", p))
-        else:
-            state.step(p)
-            heapq.heappush(due, (now + guess.delay_s, next(number), "hear", p))
-            heapq.heappush(due, (now + guess.wait_s, next(number), "begin", p))
+            state.hear(peers.cloud[p])
+            continue
+        if what == "land":
+            state.land(p, now)
+            heapq.heappush(due, (now + guess.delay_s, next(number), "hear", p, 0))
+        state.slice(p, slice_)
+        slice_, lasts_s = slice_ + 1, peers.step_s[p] / guess.micro / guess.slices
+        after = ("slice", p, slice_) if slice_ < guess.slices else ("land", p, 0)
+        heapq.heappush(due, (now + lasts_s, next(number), *after))
     return found
 
 
@@ -199,7 +210,8 @@ def main(
         if "lockstep" in settings:
             found = lockstep(peers, until_s, "nesterov" in settings)
         else:
-            found = free(peers, until_s, Guess(**{name: float(value) for name, value in settings.items()}), phase)
+            numbers = {name: int(v) if name in ("slices", "micro") else float(v) for name, v in settings.items()}
+            found = free(peers, until_s, Guess(**numbers), phase)  # type: ignore[arg-type]
         click.echo(f"{text:<44} {line(found)}")
 
 
