@@ -45,6 +45,7 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ORACLE: ("full", {}),
     **{name: (name, {}) for name in ("full", "hop", "gaia", "ako", "tfako", "dlion", "choco", "fedavg", "diloco")},
     **{name: (name, {}) for name in ("sparseloco", "noloco", "streaming", "local-sgd", "pride")},
+    "pride-whole": ("pride", {"exchange.settings.slices": 1}),
     "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
@@ -57,7 +58,6 @@ ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
     "pride, foresight 0": ("pride", {"exchange.settings.foresight": 0.0}),
     "pride, foresight 0.5": ("pride", {"exchange.settings.foresight": 0.5}),
-    "pride, 1 slice": ("pride", {"exchange.settings.slices": 1}),
     "pride, 2 slices": ("pride", {"exchange.settings.slices": 2}),
     "pride, trust_steps 2": ("pride", {"exchange.settings.trust_steps": 2}),
     "pride, trust_steps 32": ("pride", {"exchange.settings.trust_steps": 32}),

@@ -43,6 +43,10 @@ neither by hand.
 - **Learning rate**: one of {rates} for each strategy, chosen on `hetero-system` and `homogeneous` with
   seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least
   only where the next was the best of three. All else: defaults.
+- **Slices**: `pride` takes a step's gradient in four, `pride-whole` as a whole, as all others do. Here a sample costs
+  the same in a slice as in a batch. For a convolutional net on one core that is so (`scripts/bench_slices.py`: times
+  0.8 to 0.9), for a net as small as this one it is not (times 2.2), and a peer that measures so takes fewer: then
+  `pride-whole` is what to expect.
 - **-fixed**: as its paper ran it, with 64 samples a step everywhere. The rows without it are lent DLion's batches dealt
   by compute power.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
