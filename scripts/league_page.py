@@ -44,9 +44,9 @@ neither by hand.
   seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least
   only where the next was the best of three. All else: defaults.
 - **Slices**: `pride` takes a step's gradient in four, `pride-whole` as a whole, as all others do. Here a sample costs
-  the same in a slice as in a batch. For a convolutional net on one core that is so (`scripts/bench_slices.py`: times
-  0.8 to 0.9), for a net as small as this one it is not (times 2.2), and a peer that measures so takes fewer: then
-  `pride-whole` is what to expect.
+  the same in a slice as in a batch. For a convolutional net on one core that is so (64 samples: times 0.99,
+  `scripts/bench_slices.py`), for a net as small as this one it is not (times 2.2), and a peer that measures so takes
+  fewer: then `pride-whole` is what to expect.
 - **-fixed**: as its paper ran it, with 64 samples a step everywhere. The rows without it are lent DLion's batches dealt
   by compute power.
 - **Times** are crossings of the mean accuracy of the peers, smoothed over three points, interpolated. "–": not within
@@ -303,7 +303,7 @@ def write(
             f"Failed: {r['spec']['strategy']}, seed {r['spec']['seed']}: {r['failed']}\n\n" for r in lost
         )
         text.append(f"{table(groups)}\n\n{failures}{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
-        if changed:
+        if changed and OURS in groups:
             main = next((t for t in targets_of(groups) if t not in TARGETS), TARGETS[0])
             text.append(f"Ours with one thing changed:\n\n{ablations(changed, groups[OURS], main)}\n")
     text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
