@@ -296,6 +296,13 @@ def test_messages_hold_what_a_link_carries_in_a_period() -> None:
 
 
 def test_unusable_settings_are_refused_with_what_was_expected() -> None:
-    for wrong in ({"period_s": 0.0}, {"bits": 5}, {"speculation": 2.0}, {"trust_steps": 0}, {"wan_bytes_per_s": -1.0}):
+    for wrong in (
+        {"period_s": 0.0},
+        {"bits": 5},
+        {"speculation": 2.0},
+        {"trust_steps": 0},
+        {"slices": 0},
+        {"wan_bytes_per_s": -1.0},
+    ):
         with pytest.raises(ValueError, match="pride: "):
             Pride(**wrong)

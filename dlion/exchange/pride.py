@@ -140,12 +140,12 @@ class Pride(Estates):
             )
         if not 0 <= foresight <= 1:
             raise ValueError(f"pride: foresight must be in [0, 1], got {foresight}")
+        if slices < 1:
+            raise ValueError(f"pride: slices must be at least 1, got {slices}")
         if bits not in ENCODINGS:
             raise ValueError(f"pride: bits must be one of {tuple(ENCODINGS)}, got {bits}")
         self.period_s = period_s
         self.ladder = tuple(encoding for b, encoding in ENCODINGS.items() if b <= bits)
-        if slices < 1:
-            raise ValueError(f"pride: slices must be at least 1, got {slices}")
         self.speculation, self.foresight, self.slices = speculation, foresight, slices
         self.trust_steps = trust_steps
         self.allowance = Allowance(wan_bytes_per_s)

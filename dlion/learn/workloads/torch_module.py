@@ -171,7 +171,10 @@ class TorchWorkload:
 
     @property
     def separable(self) -> bool:
-        """Not where layers normalise by the batch, nor where only a part of each gradient leaves the device."""
+        """Not where layers normalise by the batch, nor where only a part of each gradient leaves the device.
+
+        Override it where ``loss`` compares samples: that cannot be seen from here.
+        """
         return self._whole and not any(isinstance(layer, _BatchNorm) for layer in self.module.modules())
 
     # -- beyond the protocol ------------------------------------------------------------------------------------
