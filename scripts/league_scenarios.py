@@ -107,12 +107,12 @@ def tfako(about: str, *egress_mbit: float) -> Scenario:
     return Scenario(lambda: star(*egress_mbit), f"TFAko's setting: {about}, 17 MB, Adam", flags=flags, rate=1e-3)
 
 
-def crowd(clouds: int, mates: int, talk: str) -> Topology:
-    """Equal peers, 960 samples a second in all; 20 Mbit/s and 30 ms between any two of different micro-clouds."""
+def crowd(clouds: int, mates: int, talk: str, samples_per_s: float) -> Topology:
+    """Equal peers, so many samples a second in all; 20 Mbit/s and 30 ms between any two of different micro-clouds."""
     peers, resources, links = {}, {}, {}
     for cloud, number in product(range(clouds), range(1, mates + 1)):
         name = PeerId(f"{chr(ord('a') + cloud)}{number}")
-        peers[name] = PeerSpec(name, name[0], Speed(Rate.constant(960.0 / (clouds * mates))))
+        peers[name] = PeerSpec(name, name[0], Speed(Rate.constant(samples_per_s / (clouds * mates))))
     for a, b in permutations(peers, 2):
         rate, delay_s = (1000.0 * MBIT, 0.0002) if a[0] == b[0] else (20.0 * MBIT, 0.03)
         path = f"path:{a}-{b}"
@@ -121,10 +121,11 @@ def crowd(clouds: int, mates: int, talk: str) -> Topology:
     return Topology(f"crowd-{clouds}x{mates}", peers, links, resources, talk=talk)
 
 
-def crowded(clouds: int, mates: int, talk: str) -> Scenario:
-    """As many samples a step, whatever the peers."""
-    about = f"{clouds} micro-clouds of {mates} peers, talk = {talk}; samples per second and step as of six"
-    return Scenario(lambda: crowd(clouds, mates, talk), about, flags={"batching.global_start": 384})
+def crowded(clouds: int, mates: int, talk: str, *, as_strong_as: int = 6) -> Scenario:
+    """As many samples a second, and a step, as so many peers of the usual speed have."""
+    about = f"{clouds} micro-clouds of {mates} peers, talk = {talk}; samples per second and step as of {as_strong_as}"
+    flags = {"batching.global_start": 64 * as_strong_as}
+    return Scenario(lambda: crowd(clouds, mates, talk, 160.0 * as_strong_as), about, flags=flags)
 
 
 PAPERS = {
@@ -170,6 +171,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "crowd-24": crowded(4, 6, "bridges"),
     "crowd-24-mesh": crowded(4, 6, "mesh"),
     "crowd-60": crowded(10, 6, "bridges"),
+    "crowd-60-strong": crowded(10, 6, "bridges", as_strong_as=60),
     "crowd-60-tree": crowded(10, 6, "tree"),
     "tfako-2": tfako("two workers of 40 Mbit/s", 40, 40),
     "tfako-4": tfako("four workers of 40 Mbit/s", 40, 40, 40, 40),
