@@ -6,12 +6,16 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from live_runs import dlion, wait_for
 from safetensors.numpy import load_file
 
+from dlion.cli.build import Plan
+from dlion.cli.up import Child, Pride
 from dlion.observe.read import read_directory
 from dlion.observe.runlog import End, Step
 
@@ -42,6 +46,17 @@ def test_six_processes_train_to_093_and_agree_after_the_drain(tmp_path: Path) ->
     for model in models:
         for name, tensor in model.items():
             np.testing.assert_allclose(tensor, models[0][name], atol=1e-3)
+
+
+def test_a_target_is_reached_when_all_have_held_it_not_at_one_lucky_moment(tmp_path: Path) -> None:
+    pride = Pride(cast(Plan, None), tmp_path, 0.9, print)
+    for name, died in (("a", ""), ("b", ""), ("c", "SIGKILL")):
+        pride.children[name] = cast(Child, SimpleNamespace(died=died, order=lambda **_: None))
+    for peer, accuracy in (("a", 0.91), ("b", 0.93), ("a", 0.89), ("b", 0.93), ("a", 0.91)):
+        pride.measured(peer, accuracy)
+    assert not pride.reached and not pride.stopping
+    pride.measured("a", 0.92)
+    assert pride.reached and pride.stopping
 
 
 @pytest.mark.timeout(150)
