@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +38,26 @@ from dlion.observe.summary import evaluations, together
 
 RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
 RATES = (0.02, 0.05, 0.1)
-"""Learning rates to choose from; half the least is tried too where the least is the best."""
+"""Learning rates to choose from; half the least or twice the greatest is tried too where that is the best."""
 TUNE_SCENARIOS, TUNE_SEED, TUNE_S = ("hetero-system", "homogeneous"), 100, 40.0
 
 ORACLE = "oracle"
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ORACLE: ("full", {}),
-    **{name: (name, {}) for name in ("full", "hop", "gaia", "ako", "tfako", "dlion", "choco", "fedavg", "diloco")},
-    **{name: (name, {}) for name in ("sparseloco", "noloco", "streaming", "local-sgd", "pride")},
+    **{name: (name, {}) for name in ("full", "hop", "gaia", "ako", "tfako", "dlion", "maxn", "choco", "fedavg")},
+    **{name: (name, {}) for name in ("diloco", "sparseloco", "noloco", "streaming", "local-sgd", "pride")},
     "pride-whole": ("pride", {"exchange.settings.slices": 1}),
     "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in ("full", "gaia", "hop", "ako")
+    **{f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in ("full", "gaia", "hop", "ako")},
+    "dlion-ratio": ("dlion", {"exchange.settings.weighting": "ratio"}),
+    "dlion-unweighted": ("dlion", {"exchange.settings.weighting": "none"}),
+    "dlion-ratio-growing": ("dlion", {"exchange.settings.weighting": "ratio", "batching.growth": True}),
 }
-"""Others as their papers ran them: batches dealt by speed are DLion's. Learning rates were tuned with dealt ones."""
+"""Others as their papers ran them (batches dealt by speed are DLion's, which weighs by ratio and lets the batch grow),
+and the three weightings. Learning rates are those of the strategy itself."""
 ABLATIONS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pride, speculation 0": ("pride", {"exchange.settings.speculation": 0.0}),
     "pride, speculation 0.5": ("pride", {"exchange.settings.speculation": 0.5}),
@@ -255,6 +260,12 @@ def tuned() -> dict[str, float]:
     return {strategy: rate for strategy, (_, rate) in best.items()}
 
 
+def rate_of(strategy: str, scenario: str, rates: Mapping[str, float]) -> float | None:
+    """The scenario's, else the row's own or its strategy's; None: not tuned yet."""
+    base = ROWS.get(strategy, (strategy,))[0]
+    return SCENARIOS[scenario].rate or rates.get(strategy) or rates.get(base)
+
+
 data_option = click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
 jobs_option = click.option("--jobs", default=1, show_default=True, help="Processes at a time.")
 limit_option = click.option("--limit", "limit_s", default=600.0, show_default=True, help="Real seconds per run.")
@@ -280,8 +291,9 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 
     names = strategies.split(",")
     run_all([spec for rate in RATES for spec in specs(names, rate)], data, jobs, limit_s)
-    best, least = tuned(), min(RATES)
-    run_all(specs([s for s in names if best[s] == least], least / 2), data, jobs, limit_s)
+    best = tuned()
+    for edge, beyond in ((min(RATES), min(RATES) / 2), (max(RATES), max(RATES) * 2)):
+        run_all(specs([s for s in names if best.get(s) == edge], beyond), data, jobs, limit_s)
 
 
 @league.command()
@@ -298,20 +310,12 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 def run(data: Path, jobs: int, limit_s: float, scenarios: tuple[str, ...], **of: Any) -> None:
     """Run strategies on scenarios with their tuned learning rates."""
     rates = tuned()
-    specs = [
-        Spec(
-            strategy,
-            scenario,
-            int(seed),
-            SCENARIOS[scenario].rate or (rates.get(strategy) or rates[ROWS[strategy][0]]),
-            of["until_s"],
-            of["partition"],
-            of["workload"],
-        )
-        for scenario in scenarios
-        for seed in of["seeds"].split(",")
-        for strategy in (ABLATIONS if of["ablations"] else of["strategies"].split(","))
-    ]
+    names = list(ABLATIONS) if of["ablations"] else of["strategies"].split(",")
+    specs = []
+    for scenario, seed, strategy in product(scenarios, of["seeds"].split(","), names):
+        if (rate := rate_of(strategy, scenario, rates)) is None:
+            raise click.ClickException(f"{strategy} has no learning rate yet: run tune --strategies {strategy} first")
+        specs.append(Spec(strategy, scenario, int(seed), rate, of["until_s"], of["partition"], of["workload"]))
     run_all(specs, data, jobs, limit_s)
 
 
@@ -326,9 +330,8 @@ def one(data: Path, spec: str) -> None:
 @league.command()
 def page() -> None:
     """Write docs/league.md and its pictures from the results."""
-    about = {name: scenario.about for name, scenario in SCENARIOS.items()}
-    fixed = {name: scenario.rate for name, scenario in SCENARIOS.items() if scenario.rate}
-    league_page.write(rows(), tuned(), fixed, about, TUNE_SEED, RESULTS.parent)
+    about, rates = {name: scenario.about for name, scenario in SCENARIOS.items()}, tuned()
+    league_page.write(rows(), rates, lambda *who: rate_of(*who, rates), about, TUNE_SEED, RESULTS.parent)
 
 
 if __name__ == "__main__":
