@@ -90,7 +90,7 @@ class Stopwatch:
 def instrumented() -> Stopwatch:
     """Every part of a run that has a category of its own; the rest is loop, links, sessions and node."""
     watch = Stopwatch()
-    watch.method("gradient", Trainer, "step")
+    watch.method("gradient", Trainer, "advance")
     watch.method("evaluation", verb.Evaluator, "_measure")
     for function in (blocks.dense, blocks.sparse, blocks.max_n, blocks.compress, owed.exact):
         watch.function("selection", function)

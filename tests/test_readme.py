@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from dlion import testing
 from dlion.cli.build import Plan
 from dlion.cli.simulate import run_simulation
 from dlion.config import load_job, load_topology
+from dlion.exchange import find, names
+from dlion.named import UnknownNameError
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -22,16 +25,36 @@ def block(start: str) -> str:
     return next(one for one in blocks if one.startswith(start))
 
 
-def test_the_strategy_of_a_stranger_conforms_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file of about forty lines in another project, found by its dotted name."""
-    source = block("# my_project/neighbourly.py")
-    assert len(source.splitlines()) <= 40
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a stranger's project, which Python looks into."""
     package = tmp_path / "my_project"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "neighbourly.py").write_text(source)
+    (package / "neighbourly.py").write_text(block("# my_project/neighbourly.py"))
     monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
+        del sys.modules[name]
 
+
+def test_an_installed_strategy_is_found_by_its_entry_point_and_a_broken_one_is_one_error(project: Path) -> None:
+    installed = project / "my_project-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: my_project\nVersion: 1.0\n")
+    told = re.findall(r"```toml\n\[project.entry-points.\"dlion.exchange\"\]\n(.*?)```", README, re.DOTALL)[0]
+    lines = [line.replace('"', "") for line in told.splitlines()]
+    (installed / "entry_points.txt").write_text(
+        "\n".join(["[dlion.exchange]", *lines, "broken = no_such_module:Broken"])
+    )
+    assert find("neighbourly").name == "neighbourly" and "neighbourly" in names()
+    with pytest.raises(UnknownNameError, match="no_such_module"):
+        find("broken")
+
+
+def test_the_strategy_of_a_stranger_conforms_and_trains(project: Path) -> None:
+    """One file of about forty lines in another project, found by its dotted name."""
+    assert len(block("# my_project/neighbourly.py").splitlines()) <= 40
     job = load_job("toy", {"exchange.name": "my_project.neighbourly:Neighbourly", "job.until": 30}, environ={})
     summary = run_simulation(Plan(job, load_topology("homogeneous")))
 

@@ -47,17 +47,16 @@ def find(name: str) -> type[Exchange]:
     """
     from dlion.exchange.base import Exchange
 
-    if ":" in name or name in EXCHANGES:
-        module, _, cls = EXCHANGES.get(name, name).partition(":")
-        try:
-            found = getattr(import_module(module), cls, None)
-        except ModuleNotFoundError as error:
-            expected = "a project that is installed, or lies in a folder on PYTHONPATH"
-            raise UnknownNameError("exchange", name, str(error), expected) from error
-    elif points := entry_points(group=GROUP, name=name):
-        found = next(iter(points)).load()
-    else:
+    points = () if ":" in name or name in EXCHANGES else tuple(entry_points(group=GROUP, name=name))
+    where = f"{points[0].module}:{points[0].attr}" if points else EXCHANGES.get(name, name)
+    if ":" not in where:
         raise UnknownNameError("exchange", name, "", f"one of {', '.join(names())} or package.module:Class")
+    module, _, cls = where.partition(":")
+    try:
+        found = getattr(import_module(module), cls, None)
+    except ModuleNotFoundError as error:
+        expected = "a project that is installed, or lies in a folder on PYTHONPATH"
+        raise UnknownNameError("exchange", name, str(error), expected) from error
     if not (isinstance(found, type) and issubclass(found, Exchange)):
         why = "nothing of that name there" if found is None else f"it is {found!r}"
         raise UnknownNameError("exchange", name, why, "a subclass of dlion.exchange.base.Exchange")
