@@ -1,4 +1,4 @@
-"""FedAvg's rounds: who is chosen beyond its share, and how long the others wait for them."""
+"""FedAvg's rounds: who is chosen beyond its share, how long the others wait for them, and what a round is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from node_runs import BATCH, SAMPLES, net, run
 
 from dlion.exchange.fedavg import FedAvg
 from dlion.messages import PeerId
@@ -92,3 +93,60 @@ def test_unusable_settings_are_refused_with_what_was_expected() -> None:
     for wrong in ({"share": 0.0}, {"share": 1.1}, {"over_selection": 0.9}, {"deadline_s": -1.0}, {"local_steps": 0}):
         with pytest.raises(ValueError, match=r"expected share|local_steps must"):
             FedAvg(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"epochs": -1.0}, {"epochs": 1.0, "round_s": 2.0}):
+        with pytest.raises(ValueError, match=r"epochs must be 0 or more, and 0 beside round_s"):
+            FedAvg(**wrong)  # type: ignore[arg-type]
+
+
+def give(bench: Bench, peer: str) -> int:
+    """Steps of ``peer`` until its part of the round is given."""
+    count = 0
+    while bench.may_step(peer):
+        bench.step(peer, own)
+        count += 1
+    return count
+
+
+def test_a_round_of_epochs_is_so_many_passes_over_each_peers_own_data_at_its_own_batch() -> None:
+    """E x shard / batch steps, rounded up: twice 100 by 10, twice 55 by 20, twice 3 by 30; weighed by what that is."""
+    bench = Bench(partial(FedAvg, epochs=2.0), 3, batches={"a": 10, "b": 20, "c": 30}, layout=LAYOUT)
+    bench.shards.update({"a": 100, "b": 55, "c": 3})
+    for _ in range(2):
+        start = bench.seats[PeerId("a")].view.copy()
+        assert [give(bench, p) for p in "abc"] == [20, 6, 1]
+        bench.deliver_all()
+        mean = (200 * 20 * 1 + 120 * 6 * 2 + 30 * 1 * 3) / 350
+        for seat in bench.seats.values():
+            np.testing.assert_allclose(seat.view - start, mean, rtol=1e-5)
+
+
+def test_part_of_an_epoch_is_a_round_too_and_steps_count_where_no_epochs_are_asked_for() -> None:
+    for settings, expected in (({"epochs": 0.25}, 3), ({"local_steps": 7}, 7), ({"epochs": 1.0, "local_steps": 7}, 10)):
+        bench = Bench(partial(FedAvg, **settings), 2, batches={"a": 10, "b": 10}, layout=LAYOUT)  # type: ignore[arg-type]
+        bench.shards.update({"a": 100, "b": 100})
+        assert give(bench, "a") == expected
+
+
+def test_epochs_conform() -> None:
+    check(partial(FedAvg, epochs=0.03))
+
+
+def test_nobody_waits_for_a_whole_epoch_of_a_newcomer() -> None:
+    """It is met in a new era of rounds, and its first step is all that it gives to the first of them."""
+    bench = Bench(partial(FedAvg, epochs=1.0), 2, batches={"a": 10, "b": 10}, layout=LAYOUT)
+    bench.shards.update({"a": 1000, "b": 1000})
+    seat = bench.seats[PeerId("b")]
+    seat.exchange.inherit(PeerId("a"), {"": seat.weights.copy()}, seat.ctx)
+    list(seat.exchange.introduce(PeerId("a"), None, 1, seat.ctx))
+    list(seat.exchange.on_members(seat.ctx))
+    assert give(bench, "b") == 1
+
+
+def test_a_node_knows_how_much_its_peer_has_to_train_on() -> None:
+    """A pass over 96 samples by 8 is 12 steps of 0.1 s, and then the round is said."""
+    assert SAMPLES / BATCH == 12
+    ran = run(net("a1 a2"), partial(FedAvg, epochs=1.0), until_s=4.0)
+    for peer in ran.logs:
+        parts = [e["t"] for e in ran.events(peer, "send") if e["kind"] == "part"]
+        done = [sum(e["t"] <= t for e in ran.events(peer, "step")) for t in parts]
+        assert done[:3] == [12, 24, 36]

@@ -36,7 +36,7 @@ EVENTS_MAX = 100_000
 EVENT_S = 0.01
 STEP_S = 0.1
 RATE_BPS = 1e9
-SPEED = 640.0
+SPEED, SHARD = 640.0, 6400
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Bench:
 
     ``size``: entries of the model; ``batches``: local batch size per peer (64); ``pace``: unless the strategy's own.
     ``windows[a, b]``: bytes that may be in flight from a to b (unbounded); ``rates_bps[a, b]``: the rate it is told.
-    ``speeds[a]``: samples per second that all are told of a (640).
+    ``speeds[a]``: samples per second that all are told of a (640); ``shards[a]``: samples it has (6400).
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class Bench:
         self.windows: dict[tuple[str, str], int] = {}
         self.rates_bps: dict[tuple[str, str], float] = {}
         self.speeds: dict[str, float] = {}
+        self.shards: dict[str, int] = {}
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.transcript: list[str] = []
@@ -251,6 +252,7 @@ class Bench:
         """Bring a peer's context up to date, as the node does before each batch of events."""
         me = ctx.me
         ctx.now, ctx.batch, ctx.global_batch = self.now, self.batches[me], sum(self.batches[p] for p in self.live)
+        ctx.shard = self.shards.get(me, SHARD)
         steps = {p: self.seats[p].step if p in self.seats else 0 for p in self.live}
         ctx.members = {
             p: Member(
