@@ -87,6 +87,7 @@ class Node:
             rng=np.random.default_rng(chance[0]),
             routes=self.membership.plan.routes(me),
             members={me: Member(me, topology.cloud_of(me))},
+            shard=workload.train_size,
         )
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS, exchange.blocks)
         known, cuts = frozenset(topology.peers), self.keeper.cuts

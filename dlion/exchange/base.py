@@ -140,6 +140,8 @@ class Context:
     """Processor time that the exchange lane has taken so far."""
     batch: int = 0
     global_batch: int = 0
+    shard: int = 0
+    """Samples in our part of the data."""
     members: dict[PeerId, Member] = field(default_factory=dict)
     """Living peers by name, in sorted order, ourselves included."""
     links: dict[PeerId, LinkView] = field(default_factory=dict)

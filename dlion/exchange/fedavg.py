@@ -5,8 +5,10 @@ selection, deadlines and over-selection: Bonawitz et al., "Towards Federated Lea
 
 Differences. No server: the chosen tell their parts to all, and every peer forms the mean. Who is chosen follows from
 the round's number, so nobody need say it; the others give an empty part. Who will miss the deadline, transfer
-included, leaves itself out the same way. A round is ``local_steps`` steps (the paper: E epochs of batch B) or
-``round_s`` seconds. Over-selection chooses more, and all that are in time count.
+included, leaves itself out the same way. Over-selection chooses more, and all that are in time count. A round is
+``local_steps`` steps or ``round_s`` seconds; the paper's E epochs of batch B if ``epochs`` are set, where B is the
+peer's own batch, which may change. (Beside a loop of one's own, under ``attach``, nobody knows a peer's part of the
+data: an epoch is then over the ``samples`` of all.)
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ import numpy as np
 from dlion.exchange.base import Action, Context, Timer, Update
 from dlion.exchange.rounds import Outer, Rounds
 from dlion.messages import Message, PeerId
+from dlion.tensors import Flat
 
 
 class FedAvg(Rounds):
-    """``share``: C, the part of the peers that trains in a round; ``deadline_s``: after a round's start, 0 for none."""
+    """``share``: C, the part of the peers that trains in a round; ``deadline_s``: after a round's start, 0 for none;
+    ``epochs``: E, passes over a peer's own data that make its round, 0 to count ``local_steps``."""
 
     name = "fedavg"
 
@@ -35,6 +39,7 @@ class FedAvg(Rounds):
         local_steps: int = 20,
         round_s: float = 0.0,
         deadline_s: float = 0.0,
+        epochs: float = 0.0,
     ) -> None:
         super().__init__(local_steps, round_s, Outer(1.0, 0.0))
         if not 0 < share <= 1 or over_selection < 1 or deadline_s < 0:
@@ -42,7 +47,9 @@ class FedAvg(Rounds):
                 "fedavg: expected share in (0, 1], over_selection >= 1, deadline_s >= 0, "
                 f"got {share}, {over_selection}, {deadline_s}"
             )
-        self.share, self.over_selection, self.deadline_s = share, over_selection, deadline_s
+        if epochs < 0 or (epochs and round_s):
+            raise ValueError(f"fedavg: epochs must be 0 or more, and 0 beside round_s, got {epochs} and {round_s}")
+        self.share, self.over_selection, self.deadline_s, self.epochs = share, over_selection, deadline_s, epochs
         self._opened = -1
         self._ends_s = float("inf")
 
@@ -57,6 +64,10 @@ class FedAvg(Rounds):
         """Samples trained on, or nothing when the part would come too late."""
         sent_s = max((32 * ctx.layout.size / link.rate_bps for link in ctx.links.values() if link.rate_bps), default=0)
         return 0.0 if self.round == self._opened and ctx.now + sent_s > self._ends_s else float(self._samples)
+
+    def steps(self, ctx: Context) -> int:
+        """Of a round: those that pass over our data ``epochs`` times, the last of them perhaps beyond."""
+        return max(1, ceil(self.epochs * ctx.shard / max(ctx.batch, 1))) if self.epochs else self.local_steps
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         yield from super().after_step(update, ctx)
@@ -77,6 +88,13 @@ class FedAvg(Rounds):
 
     def ready(self, step: int, ctx: Context) -> bool:
         return super().ready(step, ctx) and ctx.me in self.chosen(ctx)
+
+    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
+        super().inherit(sponsor, bequest, ctx)
+        self._counted = (self.steps(ctx), 0, [])
+
+    def _due(self, ctx: Context) -> bool:
+        return self._steps >= self.steps(ctx) if self.epochs else super()._due(ctx)
 
     def _turn(self, ctx: Context) -> Iterator[Action]:
         """Set the deadline of a new round; as long as we are not chosen, give an empty part at once."""

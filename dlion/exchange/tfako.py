@@ -4,8 +4,10 @@ Source: Hong & Chandra, "TFAko", SoCC 2018 poster, and its code. Partition t mod
 to every peer at step t, and a peer's contribution is scaled by the data it trains per unit time. The formulas are our
 choice: p_ij = ceil(M rate_i / BW_ij) per link, from measured rates; scale = throughput_k / Σ throughput.
 
-Differences from the poster's code. Contributions average (Σ scale = 1) where the code sums them and leaves it to Adam
-to undo the scale. What gathers since a partition was last said is the ring buffer's sum of the last p updates.
+Differences from the poster's code. There gradients travel: a receiver sums those it hears with its own and gives the
+sum to its one Adam (1e-3), which undoes the scale. Here each peer's optimizer, whichever it is, acts on its own
+gradient before anything is said: its steps travel, and are averaged (Σ scale = 1), not summed. What gathers since a
+partition was last said is the ring buffer's sum of the last p updates.
 """
 
 from __future__ import annotations

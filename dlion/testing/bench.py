@@ -36,6 +36,7 @@ EVENTS_MAX = 100_000
 EVENT_S = 0.01
 STEP_S = 0.1
 RATE_BPS = 1e9
+SPEED, SHARD = 640.0, 6400
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Bench:
 
     ``size``: entries of the model; ``batches``: local batch size per peer (64); ``pace``: unless the strategy's own.
     ``windows[a, b]``: bytes that may be in flight from a to b (unbounded); ``rates_bps[a, b]``: the rate it is told.
+    ``speeds[a]``: samples per second that all are told of a (640); ``shards[a]``: samples it has (6400).
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class Bench:
         self.batches = {p: (batches or {}).get(p, 64) for p in specs}
         self.windows: dict[tuple[str, str], int] = {}
         self.rates_bps: dict[tuple[str, str], float] = {}
+        self.speeds: dict[str, float] = {}
+        self.shards: dict[str, int] = {}
         self.now = 0.0
         self.rng = np.random.default_rng(seed)
         self.transcript: list[str] = []
@@ -248,9 +252,12 @@ class Bench:
         """Bring a peer's context up to date, as the node does before each batch of events."""
         me = ctx.me
         ctx.now, ctx.batch, ctx.global_batch = self.now, self.batches[me], sum(self.batches[p] for p in self.live)
+        ctx.shard = self.shards.get(me, SHARD)
         steps = {p: self.seats[p].step if p in self.seats else 0 for p in self.live}
         ctx.members = {
-            p: Member(p, self.topology.cloud_of(p), steps[p], 640.0, self.batches[p], self._losses[p])
+            p: Member(
+                p, self.topology.cloud_of(p), steps[p], self.speeds.get(p, SPEED), self.batches[p], self._losses[p]
+            )
             for p in self.live
         }
         ctx.routes = self.routes.routes(me)
