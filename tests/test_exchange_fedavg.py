@@ -56,6 +56,11 @@ def test_over_selection_chooses_so_many_times_the_share_in_every_round_and_all_o
     assert seen == {*WEIGHTS}, "in time everybody is chosen"
 
 
+def test_a_share_that_is_a_whole_number_of_peers_chooses_no_one_more() -> None:
+    bench = Bench(partial(FedAvg, local_steps=1, share=0.28), 25, layout=LAYOUT)
+    assert 0.28 * 25 > 7 and len(able(bench)) == 7
+
+
 def test_over_selection_makes_up_for_who_is_late() -> None:
     """Three are chosen where two are wanted; one misses the deadline, and the round is of the two that do not."""
     make = partial(FedAvg, local_steps=1, share=1 / 3, over_selection=1.5, deadline_s=1.0)

@@ -56,7 +56,8 @@ class FedAvg(Rounds):
     def chosen(self, ctx: Context) -> tuple[PeerId, ...]:
         """Who trains in the open round: the same answer on every peer that sees the same members."""
         members = sorted(ctx.members)
-        count = min(len(members), ceil(self.share * self.over_selection * len(members)))
+        wanted = self.share * self.over_selection * len(members)
+        count = min(len(members), ceil(round(wanted, 9)))  # 0.28 of 25 are seven, however floats see it
         order = np.random.default_rng([2017, self.round]).permutation(len(members))
         return tuple(sorted(members[i] for i in order[:count]))
 
