@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from dlion.config.errors import did_you_mean, one_of
 from dlion.config.reader import show
 from dlion.cut import name_of
 from dlion.exchange.base import Exchange
-from dlion.exchange.pace import PACES, Backup, Bounded, Pace
+from dlion.exchange.pace import PACES, Pace
 from dlion.identity import Identity
 from dlion.learn import schedules, workloads
 from dlion.learn.batching import Batcher, Fixed, GlobalBatch, Weighted
@@ -134,12 +134,11 @@ def pace_of(plan: Plan, made: Exchange) -> Pace:
     name = job.pace.name or made.pace
     if name not in PACES:
         raise plan.wrong("pace.name", f"found {show(name)}", one_of(PACES), did_you_mean(name, PACES))
-    if name not in made.paces:
-        raise plan.wrong("pace.name", f'"{name}" makes no sense with {made.name}', one_of(made.paces))
+    borne = [known for known in PACES if {*known.split("+")} <= {*made.paces}]
+    if name not in borne:
+        raise plan.wrong("pace.name", f'"{name}" makes no sense with {made.name}', one_of(borne))
     cls = PACES[name]
-    if cls is Bounded:
-        return Bounded(job.pace.staleness)
-    return Backup(job.pace.spare) if cls is Backup else cls()
+    return cls(**{field.name: getattr(job.pace, field.name) for field in fields(cls)}) if is_dataclass(cls) else cls()
 
 
 def workload_of(plan: Plan, peer: PeerId) -> Workload:

@@ -85,4 +85,21 @@ class Backup(Pace):
         return "run" if late <= self.spare else "wait"
 
 
-PACES: Mapping[str, type[Pace]] = {"free": Free, "lockstep": Lockstep, "bounded": Bounded, "backup": Backup}
+@dataclass(frozen=True)
+class BoundedBackup(Bounded):
+    """Both: nobody runs more than ``staleness`` steps ahead of any but the ``spare`` slowest (Hop)."""
+
+    spare: int = 1
+    name = "bounded+backup"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Backup(self.spare)
+
+    def may_start(self, step: int, progress: Progress) -> Verdict:
+        late = sum(seen < step - 1 - self.staleness for seen in progress.applied.values())
+        return "run" if late <= self.spare else "wait"
+
+
+PACES: Mapping[str, type[Pace]] = {p.name: p for p in (Free, Lockstep, Bounded, Backup, BoundedBackup)}
+"""A name with a ``+`` is for strategies that bear each of its parts."""
