@@ -50,8 +50,9 @@ STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "dlion-residual": ("dlion", {"exchange.settings.residual": True, "exchange.settings.transfer": "off"}),
 }
 """Rows of the table: strategy and what differs from its defaults."""
+LENT = ("full", "gaia", "hop", "ako", "diloco", "streaming")
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    **{f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in ("full", "gaia", "hop", "ako")},
+    **{f"{name}-fixed": (name, {"batching.mode": "fixed"}) for name in LENT},
     "dlion-ratio": ("dlion", {"exchange.settings.weighting": "ratio"}),
     "dlion-unweighted": ("dlion", {"exchange.settings.weighting": "none"}),
     "dlion-ratio-growing": ("dlion", {"exchange.settings.weighting": "ratio", "batching.growth": True}),
