@@ -210,6 +210,19 @@ def test_choco_replicas_meet_and_public_copies_are_the_same_everywhere() -> None
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+def test_choco_replicas_stay_together_whatever_way_their_steps_go() -> None:
+    """With defaults, of six that do as chance wills; with five times the step towards the neighbours they part."""
+    bench, chance = Bench(find("choco"), 6, layout=Layout(("w",), ((400,),))), np.random.default_rng(0)
+    apart = []
+    for _ in range(4):
+        for _ in range(40):
+            for peer in sorted(bench.seats):
+                bench.step(peer, lambda p, s, w: chance.standard_normal(w.size).astype(np.float32))
+            bench.deliver_all()
+        apart.append(float(np.ptp([seat.view for seat in bench.seats.values()], axis=0).mean()))
+    assert max(apart) < 1.2 * apart[0]
+
+
 def test_noloco_pairs_move_to_the_same_place_without_momentum() -> None:
     make = partial(find("noloco"), local_steps=1, momentum=0.0, outer_learning_rate=1.0, pull=1.0)
     bench = Bench(make, 2, layout=Layout(("w",), ((4,),)))

@@ -5,7 +5,8 @@ Communication" (CHOCO-SGD), ICML 2019. Every peer keeps a public copy x̂ of its
 own step; q = C(x - x̂_i) is said and added to x̂_i everywhere; then x += γ Σ_j w_ij (x̂_j - x̂_i), with w_ij = 1 / n.
 
 Differences from the paper. Without a barrier: x̂_j is as new as what was heard. C is top-k with 8-bit values. A link
-that is full is owed the sum of the q it misses. Our choices: density 5 %, γ = 0.5, plain equal weights.
+that is full is owed the sum of the q it misses. Our choices: density 5 %, plain equal weights, and γ = 0.1: what a peer
+knows of the others is late by about 1 / density steps, so that with 0.5 replicas part until they diverge.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Choco(Exchange):
     speaks: ClassVar[Speech] = {"difference": {}}
     blocks: ClassVar[Mapping[str, int]] = {"difference": 1}
 
-    def __init__(self, *, density: float = 0.05, gossip: float = 0.5) -> None:
+    def __init__(self, *, density: float = 0.05, gossip: float = 0.1) -> None:
         if not 0 < density <= 1 or not 0 < gossip <= 1:
             raise ValueError(f"choco: density and gossip must lie in (0, 1], got {density} and {gossip}")
         self.density, self.gossip = density, gossip
