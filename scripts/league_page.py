@@ -153,7 +153,7 @@ def verdict(groups: Mapping[str, Rows]) -> str:
             continue
         middle, sure = float(np.median(found)), interval(found)
         low, high = sure or (min(found), max(found))
-        spread = f"; {'95 %' if sure else 'two seeds'}: {low:.2f} to {high:.2f}" if len(found) > 1 else ""
+        spread = f"; {'95 %' if sure else f'{len(found)} seeds'}: {low:.2f} to {high:.2f}" if len(found) > 1 else ""
         level = arrived and (low <= 1 <= high or (sure is None and abs(middle - 1) < TIE))
         side = "level with" if level else "ahead of" if middle > 1 else "behind"
         sides[side].append(f"{name} ({'' if arrived else 'at least '}{middle:.2f}x{spread})")

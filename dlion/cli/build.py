@@ -138,7 +138,7 @@ def pace_of(plan: Plan, made: Exchange) -> Pace:
     if name not in borne:
         raise plan.wrong("pace.name", f'"{name}" makes no sense with {made.name}', one_of(borne))
     cls = PACES[name]
-    return cls(**{field.name: getattr(job.pace, field.name) for field in fields(cls)}) if is_dataclass(cls) else cls()
+    return cls(**{own.name: getattr(job.pace, own.name) for own in fields(cls)}) if is_dataclass(cls) else cls()
 
 
 def workload_of(plan: Plan, peer: PeerId) -> Workload:

@@ -22,7 +22,6 @@ import numpy as np
 from dlion.exchange.base import Action, Context, Timer, Update
 from dlion.exchange.rounds import Outer, Rounds
 from dlion.messages import Message, PeerId
-from dlion.tensors import Flat
 
 
 class FedAvg(Rounds):
@@ -67,8 +66,8 @@ class FedAvg(Rounds):
         return 0.0 if self.round == self._opened and ctx.now + sent_s > self._ends_s else float(self._samples)
 
     def steps(self, ctx: Context) -> int:
-        """Of a round: those that pass over our data ``epochs`` times, the last of them perhaps beyond."""
-        return max(1, ceil(self.epochs * ctx.shard / max(ctx.batch, 1))) if self.epochs else self.local_steps
+        """Those that pass over our data ``epochs`` times, the last of them perhaps beyond."""
+        return max(1, ceil(self.epochs * ctx.shard / max(ctx.batch, 1))) if self.epochs else super().steps(ctx)
 
     def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
         yield from super().after_step(update, ctx)
@@ -89,13 +88,6 @@ class FedAvg(Rounds):
 
     def ready(self, step: int, ctx: Context) -> bool:
         return super().ready(step, ctx) and ctx.me in self.chosen(ctx)
-
-    def inherit(self, sponsor: PeerId, bequest: Mapping[str, Flat], ctx: Context) -> None:
-        super().inherit(sponsor, bequest, ctx)
-        self._counted = (self.steps(ctx), 0, [])
-
-    def _due(self, ctx: Context) -> bool:
-        return self._steps >= self.steps(ctx) if self.epochs else super()._due(ctx)
 
     def _turn(self, ctx: Context) -> Iterator[Action]:
         """Set the deadline of a new round; as long as we are not chosen, give an empty part at once."""

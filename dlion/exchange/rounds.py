@@ -196,7 +196,11 @@ class Rounds(Exchange):
     def _due(self, ctx: Context) -> bool:
         if self.round_s:
             return ctx.now >= (self.round % ERA + 1) * self.round_s
-        return self._steps >= self.local_steps
+        return self._steps >= self.steps(ctx)
+
+    def steps(self, ctx: Context) -> int:
+        """Of ours, that make a round which is not by the clock."""
+        return self.local_steps
 
     def _give(self, ctx: Context) -> Iterator[Action]:
         """Say our part of the open round to everybody."""
@@ -323,7 +327,7 @@ class Rounds(Exchange):
         self._anchor = bequest[""].copy()
         self._moved = np.zeros_like(self._anchor)
         self._given = np.zeros_like(self._moved[self.fragment(ctx)])
-        self._counted = (self.local_steps, 0, [])  # nobody waits for a whole round of ours
+        self._counted = (self.steps(ctx), 0, [])  # nobody waits for a whole round of ours
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
