@@ -20,7 +20,6 @@ from dlion.observe.read import read_directory
 from dlion.observe.runlog import End, Step
 
 pytest.importorskip("sklearn", reason="the digits job needs the extra `data`")
-CONSENSUS = ("--set", "exchange.settings.residual=true", "--set", "exchange.settings.transfer=off")
 BOUND = 1e-4
 """Relative: how far apart replicas may be after a drain, where the strategy promises consensus."""
 
@@ -33,7 +32,7 @@ def _steps(out: Path, peer: str) -> int:
 @pytest.mark.timeout(180)
 def test_six_processes_train_to_093_and_agree_after_the_drain(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ("up", "--topology", "demo", "--target", "0.93", "--until", "120s", *CONSENSUS)
+    arguments = ("up", "--topology", "demo", "--target", "0.93", "--until", "120s")
     with dlion(*arguments, "--json", "--out", str(out)) as process:
         stdout, stderr = process.communicate(timeout=170)
     assert process.returncode == 0, stderr
@@ -62,7 +61,7 @@ def test_a_target_is_reached_when_all_have_held_it_not_at_one_lucky_moment(tmp_p
 @pytest.mark.timeout(150)
 def test_survivors_step_on_after_a_sigkill_and_ctrl_c_drains(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with dlion("up", "--topology", "demo", "--until", "1h", *CONSENSUS, "--out", str(out)) as process:
+    with dlion("up", "--topology", "demo", "--until", "1h", "--out", str(out)) as process:
         wait_for(lambda: all(_steps(out, peer) >= 5 for peer in ("a1", "b1", "c1")))
         victim = json.loads((out / "b1.host.json").read_text())["pid"]
         os.kill(victim, signal.SIGKILL)

@@ -96,7 +96,7 @@ class Batching(Table, frozen=True):
 
 
 class ExchangeTable(Table, frozen=True):
-    name: str = "dlion"
+    name: str = "pride"
     settings: dict[str, Any] = msgspec.field(default_factory=dict)
     """The strategy's own; a layer that names another strategy leaves these behind."""
 
