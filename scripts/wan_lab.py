@@ -7,6 +7,9 @@ Linux, root. Each ``dlion peer`` runs in a network namespace of its own with one
 steps are still slowed down to the topology's speeds. Logs, plan, summary and report are gathered as by ``dlion up``;
 ``router.json`` says what each link carried and how late the router was.
 
+``--rival NAME`` runs another framework in the same hosts instead, over the same links, with the same model, data and
+speeds: the program ``rivals/on_NAME.py``, in a virtual environment of its own.
+
 Law: makes namespaces, devices and processes, and removes each one it made, also on failure and Ctrl-C. Touches no
 address or device outside its own namespaces.
 """
@@ -49,6 +52,7 @@ from dlion.observe.summary import Summary
 from dlion.simulation import Death
 
 sys.path.insert(0, str(Path(__file__).parent))
+from rivals import RIVALS, began, environment, named, program, save_settings
 from wan_router import DEVICE, Router, move_device, open_device
 
 NETWORK = IPv4Address("10.66.0.0")
@@ -120,6 +124,10 @@ class Lab:
     """When a killed peer is started again; one that was not killed before comes only then."""
     queue_s: float = 0.2
     congestion: str = ""
+    rival: tuple[str, ...] = ()
+    """Interpreter and program of another framework, in place of ``dlion peer``."""
+    began_s: float = 0.0
+    """From when deaths and late beginnings are counted, on the router's clock."""
     hosts: dict[PeerId, Host] = field(default_factory=dict)
     stopping: str = ""
 
@@ -162,8 +170,11 @@ class Lab:
                 self.begin(host)
 
     def begin(self, host: Host) -> None:
-        words = ["ip", "netns", "exec", host.namespace, sys.executable, "-m", "dlion", "peer"]
-        words += [str(host.directory / "peer.toml"), "--out", str(host.directory), "--no-evaluate", *self.flags]
+        words = [sys.executable, "-m", "dlion", "peer", str(host.directory / "peer.toml")]
+        words += ["--out", str(host.directory), "--no-evaluate", *self.flags]
+        if self.rival:
+            words = [*self.rival, str(self.out.resolve()), host.peer]
+        words = ["ip", "netns", "exec", host.namespace, *words]
         with (host.directory / "output.txt").open("ab") as output:
             host.process = spawn(words, output)
         host.killed = False
@@ -196,10 +207,12 @@ class Lab:
         deaths, begins = list(self.deaths), list(self.begins)
 
         def done() -> bool:
-            for death in [d for d in deaths if router.now_s >= d.at_s]:
+            if self.rival and not began(self.out, len(self.hosts)):
+                self.began_s = router.now_s  # some need a minute to begin
+            for death in [d for d in deaths if router.now_s - self.began_s >= d.at_s]:
                 deaths.remove(death)
                 self.kill(death.peer)
-            for begin in [b for b in begins if router.now_s >= b.at_s]:
+            for begin in [b for b in begins if router.now_s - self.began_s >= b.at_s]:
                 begins.remove(begin)
                 self.begin(self.hosts[begin.peer])
             if time.monotonic() > limit:
@@ -215,7 +228,7 @@ class Lab:
         host = self.hosts[peer]
         if host.process is not None and host.process.poll() is None:
             host.killed = True
-            host.process.kill()
+            os.killpg(host.process.pid, signal.SIGKILL)
 
     def stop(self, number: int, _: object) -> None:
         """Signal handler: first all drain, then all is torn down."""
@@ -296,14 +309,17 @@ def spawn(words: list[str], output: Any, **more: Any) -> subprocess.Popen[bytes]
 
 def end(process: subprocess.Popen[bytes] | None) -> None:
     """Ask, wait, kill."""
-    if process is None or process.poll() is not None:
+    if process is None:
         return
-    process.terminate()
+    if process.poll() is None:
+        process.terminate()
     try:
         process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what a rival started
 
 
 @contextmanager
@@ -380,6 +396,8 @@ def peer_flags(options: Mapping[str, Any]) -> list[str]:
     metavar="PEER@SECONDS",
     help="Start that peer only, or after --kill again, then.",
 )
+@click.option("--rival", type=click.Choice(RIVALS), help="Another framework, in place of dlion.")
+@click.option("--option", "settings_of_rival", multiple=True, metavar="KEY=VALUE", help="A setting of the rival.")
 @click.option("--queue", default="200ms", show_default=True, help="Of each resource, at its mean rate.")
 @click.option("--congestion", default="", help="TCP's congestion control; default: the system's.", metavar="NAME")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="A new directory.")
@@ -394,11 +412,17 @@ def main(as_json: bool, **options: Any) -> None:
     plan = plan_of(options | {"pace": None, "talk": None, "start": None, "data": None})
     job = str(Path(options["job"]).resolve()) if options["job"].endswith(".toml") else options["job"]
     topology_file = find("topology", options["topology"]).path
+    rival = options["rival"] or ""
+    plan = named(plan, rival) if rival else plan
+    interpreter = environment(rival) if rival else None
     out = options["out"] or default_out(plan)
     out.mkdir(parents=True)
     deaths, begins = tuple(map(parse_death, options["kills"])), tuple(map(parse_death, options["begins"]))
     queue_s = seconds(options["queue"])
     lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, begins, queue_s, options["congestion"])
+    if interpreter:
+        lab.rival = (str(interpreter), str(program(rival)))
+        save_settings(out, {peer: str(host.address) for peer, host in lab.hosts.items()}, options["settings_of_rival"])
     click.echo(f"dlion {dlion.__version__}  {plan.run}  {len(plan.peers)} hosts; logs: {out}", err=True)
     summary, report = run_lab(lab)
     show_summary(summary, as_json, out)
