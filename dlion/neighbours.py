@@ -19,7 +19,7 @@ from dlion.identity import JOINING, NAME_SHOWN, TRAINING, Identity, cut_of, mism
 from dlion.messages import PROTOCOL_MAX, PROTOCOL_MIN, Hello, PeerId
 from dlion.net.chunks import Bye, ProtocolError
 from dlion.net.connection import Connection
-from dlion.net.greeting import Greeting
+from dlion.net.greeting import Greeting, LeftError
 from dlion.net.link import Dialer, Link, LinkError
 from dlion.net.session import Session, SessionLimits
 from dlion.passages import Passages
@@ -246,6 +246,8 @@ class Neighbours:
             self._resume(peer, hello, dialled_by=peer)
             greeting.say(self._hello(peer))
             self._adopt(peer, hello, greeting)
+        except LeftError:  # as one does that stops while it dials
+            link.abort()
         except (LinkError, Malformed, ProtocolError) as error:
             self._listener.refused(peer, f"incoming link: {error}")
             link.abort()

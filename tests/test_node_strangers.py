@@ -222,6 +222,21 @@ def test_a_hello_that_is_none_closes_that_link_and_nothing_else(blob: bytes) -> 
     virtual(main)
 
 
+def test_who_goes_before_its_hello_is_not_refused() -> None:
+    async def main() -> None:
+        async with victim() as v:
+            mine, theirs = pipe()
+            v.node.accept(theirs)
+            Greeting(mine)
+            mine.write(b"\x10\x00")
+            mine.close()
+            await asyncio.sleep(1.0)
+            assert not v.refusals
+            v.node.stop("test")
+
+    virtual(main)
+
+
 def test_cursors_that_lie_close_that_link_and_nothing_else() -> None:
     """The other end may not claim to have heard what was never said."""
 

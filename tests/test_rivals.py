@@ -1,4 +1,4 @@
-"""Other frameworks in the lab get what a peer of dlion gets: data, model, gradients and speed; dlion reads their logs."""
+"""Other frameworks in the lab get what a peer gets: data, model, gradients and speed; and dlion reads their logs."""
 
 from __future__ import annotations
 

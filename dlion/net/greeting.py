@@ -17,6 +17,10 @@ EARLY_BYTES_MAX = 4 << 20
 _LENGTH = struct.Struct("<I")
 
 
+class LeftError(LinkError):
+    """Who was to greet went before it did."""
+
+
 class Greeting:
     """Receiver of a fresh link until ``hand_over``."""
 
@@ -41,7 +45,8 @@ class Greeting:
         self.link.write(_LENGTH.pack(len(blob)) + blob)
 
     async def hear(self, timeout_s: float) -> bytes:
-        """The other end's blob. Raises LinkError (and aborts the link) when it is late, too long, or never comes."""
+        """The other end's blob. Raises LinkError (and aborts the link) when it is late or too long, LeftError when
+        the link is lost before."""
         if not self._blob_end and not self._failure:
             self._waiter = self._loop.create_future()
             try:
@@ -52,8 +57,9 @@ class Greeting:
             finally:
                 self._waiter = None
         if self._failure:
+            left = self._lost
             self.link.abort()
-            raise LinkError(self._failure)
+            raise (LeftError if left else LinkError)(self._failure)
         return bytes(self._read[_LENGTH.size : self._blob_end])
 
     def hand_over(self, receiver: Receiver) -> None:
