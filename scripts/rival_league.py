@@ -24,9 +24,9 @@ import click
 import numpy as np
 from league_stats import Rows, by_strategy, interval, ratios, reached, smooth
 from rivals import RIVALS
+from wan_lab import carried
 
 from dlion.cli.planfile import load_plan
-from dlion.messages import PeerId
 from dlion.observe.read import PeerLog, Run, read_directory
 from dlion.observe.runlog import End, Step
 from dlion.observe.summary import evaluations, together
@@ -87,14 +87,12 @@ def row_of(spec: Spec, out: Path) -> dict[str, Any]:
     run, plan = read_directory(out), load_plan(out)
     summary, router = (json.loads((out / name).read_text()) for name in ("summary.json", "router.json"))
     times, values = together([evaluations(log, "accuracy") for log in run.peers.values()])
-    clouds = plan.topology.cloud_of
-    ends = {link: [clouds(PeerId(peer)) for peer in link.split(">")] for link in router["links"]}
     return {
         "spec": asdict(spec),
         "times": [round(float(t), 2) for t in times],
         "mean": [round(float(a), 4) for a in np.nanmean(values, axis=0)],
         "worst": [round(float(a), 4) for a in np.nanmin(values, axis=0)],
-        "wan_bytes": sum(router["links"][link]["bytes"] for link, (a, b) in ends.items() if a != b),
+        "wan_bytes": carried(router, plan.topology)[0],
         "steps": summary["steps"],
         "died_s": {peer: round(float(log[Step]["t"].max(initial=0)), 1) for peer, log in dead(run).items()},
         "pause_s": round(pause_s(run, spec.until_s), 2),
@@ -196,7 +194,7 @@ def page() -> None:
     text = [(DOCS / "league" / "rivals-head.md").read_text()]
     for kill in sorted({row["spec"]["kill"] for row in measured}):
         groups = by_strategy([row for row in measured if row["spec"]["kill"] == kill])
-        title = f"{kill.partition('@')[0]} killed at {kill.partition('@')[2]} s" if kill else "Nobody dies"
+        title = f"{kill.partition('@')[0]} is killed" if kill else "Nobody dies"
         picture = f"rivals-{kill.replace('@', '-') or 'all'}.png"
         draw(groups, DOCS / "league" / picture)
         text += [f"## {title}\n", *table(groups), "", verdict(groups), "", f"![{title}](league/{picture})", ""]
@@ -206,7 +204,7 @@ def page() -> None:
 def table(groups: Mapping[str, Rows]) -> list[str]:
     """Medians over seeds, the fastest first."""
     marks = [f"{100 * target:.3g} % at, s" for target in TARGETS]
-    head = ["framework", "lr", "seeds", *marks, "at the end", "worst peer", "WAN MB", "longest pause, s", "void"]
+    head = ["framework", "lr", "seeds", *marks, "at the end", "worst peer", "WAN MB", "longest pause, s", "death at, s"]
     lines = [head, ["---"] * len(head)]
     for name in sorted(groups, key=lambda n: tuple(reached(groups[n], t) or np.inf for t in TARGETS)):
         of = groups[name]
@@ -215,12 +213,12 @@ def table(groups: Mapping[str, Rows]) -> list[str]:
             [
                 f"**{name}**" if name in OURS else name,
                 ", ".join(sorted({f"{row['spec']['rate']:g}" for row in of})),
-                str(len(of)),
+                f"{len(of)}{' (void)' * any(row['void'] for row in of)}",
                 *(f"{at:.1f}" if (at := reached(of, target)) else "–" for target in TARGETS),
                 *(f"{end:.1f}" for end in ends),
                 f"{np.median([row['wan_bytes'] for row in of]) / 1e6:.0f}",
                 f"{max(row['pause_s'] for row in of):.1f}",
-                str(sum(row["void"] for row in of) or ""),
+                ", ".join(f"{at:.0f}" for row in of for at in row["died_s"].values()) or "–",
             ]
         )
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -233,7 +231,7 @@ def verdict(groups: Mapping[str, Rows]) -> str:
         found, arrived = ratios(groups["pride"], groups[name], TARGETS[0])
         if found:
             sure = f"; 95 %: {ends[0]:.2f} to {ends[1]:.2f}" if (ends := interval(found)) else ""
-            said.append(f"{name} {'' if arrived else 'at least '}{np.exp(np.mean(np.log(found))):.2f}x{sure}")
+            said.append(f"{name} ({'' if arrived else 'at least '}{np.exp(np.mean(np.log(found))):.2f}x{sure})")
     return f"Time to {100 * TARGETS[0]:.0f} %, theirs over pride's: {', '.join(said)}."
 
 

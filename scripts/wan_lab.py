@@ -46,13 +46,14 @@ from dlion.cli.simulate import parse_death
 from dlion.cli.up import Pride, default_out, write_report
 from dlion.config.find import find
 from dlion.config.units import seconds
+from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
 from dlion.observe.summary import Summary
 from dlion.simulation import Death
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rivals import RIVALS, began, environment, named, program, save_settings
+from rivals import RIVALS, began, command, named, save_settings
 from wan_router import DEVICE, Router, move_device, open_device
 
 NETWORK = IPv4Address("10.66.0.0")
@@ -366,9 +367,20 @@ def run_lab(lab: Lab) -> tuple[Summary, dict[str, Any]]:
         said = (lab.hosts[PeerId(first)].directory / "output.txt").read_text(errors="replace")[-2000:]
         raise Fault(min(c if c > 0 else 1 for c in failed.values()), f"{', '.join(failed)} failed", str(lab.out), said)
     summary = Pride(lab.plan, lab.out, None, click.echo).summary(wall_s)
+    if lab.rival:  # whose log says nothing of messages
+        summary["wan_bytes"], summary["lan_bytes"] = carried(report, lab.plan.topology)
     summary["void"] = summary["void"] or router.late_s(0.99) > LATE_S_MAX
     (lab.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
     return summary, report
+
+
+def carried(report: Mapping[str, Any], topology: Topology) -> tuple[int, int]:
+    """Bytes of IP between micro-clouds, and inside them."""
+    bytes_of = {True: 0, False: 0}
+    for link, counts in report["links"].items():
+        source, target = map(PeerId, link.split(">"))
+        bytes_of[topology.cloud_of(source) != topology.cloud_of(target)] += counts["bytes"]
+    return bytes_of[True], bytes_of[False]
 
 
 def peer_flags(options: Mapping[str, Any]) -> list[str]:
@@ -412,16 +424,14 @@ def main(as_json: bool, **options: Any) -> None:
     plan = plan_of(options | {"pace": None, "talk": None, "start": None, "data": None})
     job = str(Path(options["job"]).resolve()) if options["job"].endswith(".toml") else options["job"]
     topology_file = find("topology", options["topology"]).path
-    rival = options["rival"] or ""
-    plan = named(plan, rival) if rival else plan
-    interpreter = environment(rival) if rival else None
+    rival = command(options["rival"]) if options["rival"] else ()
+    plan = named(plan, options["rival"]) if rival else plan
     out = options["out"] or default_out(plan)
     out.mkdir(parents=True)
     deaths, begins = tuple(map(parse_death, options["kills"])), tuple(map(parse_death, options["begins"]))
     queue_s = seconds(options["queue"])
-    lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, begins, queue_s, options["congestion"])
-    if interpreter:
-        lab.rival = (str(interpreter), str(program(rival)))
+    lab = Lab(plan, out, job, topology_file, peer_flags(options), deaths, begins, queue_s, options["congestion"], rival)
+    if rival:
         save_settings(out, {peer: str(host.address) for peer, host in lab.hosts.items()}, options["settings_of_rival"])
     click.echo(f"dlion {dlion.__version__}  {plan.run}  {len(plan.peers)} hosts; logs: {out}", err=True)
     summary, report = run_lab(lab)

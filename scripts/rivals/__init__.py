@@ -28,6 +28,11 @@ def program(rival: str) -> Path:
     return HERE / f"on_{rival.replace('-', '_')}.py"
 
 
+def command(rival: str) -> tuple[str, ...]:
+    """Interpreter and program, installed; run directory and peer come behind."""
+    return str(environment(rival)), str(program(rival))
+
+
 def environment(rival: str) -> Path:
     """The interpreter of the virtual environment in which ``rival`` runs; made when it is not there. The project itself
     is put in too: the programs use its data and its log."""

@@ -52,6 +52,8 @@ class Site:
         speeds = [spec.speed for spec in plan.topology.peers.values()]
         if any(speed is None for speed in speeds):
             raise SystemExit(f"{plan.topology.name}: every peer needs a speed")
+        if not job.job.workload.startswith("fashion-"):
+            raise SystemExit(f"{job.job.workload}: rivals train fashion-mnist and fashion-cnn")
         self.speeds = {name: plan.topology.peers[name].speed.samples_per_s.mean for name in plan.peers}
         """Samples per second of every peer, in the mean."""
         self._until_s, self._every_s = job.job.until_s, job.evaluate.every_s

@@ -1,6 +1,11 @@
-"""Plain ``torch.distributed``: DistributedDataParallel over gloo, every step averaged, as its tutorial has it."""
+"""Plain ``torch.distributed``: DistributedDataParallel over gloo, every step averaged, as its tutorial has it.
 
+When a peer dies all others fail; here they keep what they have to the end.
+"""
+
+import logging
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -13,5 +18,9 @@ dist.init_process_group("gloo", rank=site.rank, world_size=len(site.names))
 site.model = DistributedDataParallel(site.model)
 optimizer = torch.optim.SGD(site.model.parameters(), lr=site.rate, momentum=site.momentum)
 site.go()
-while True:
-    site.step(optimizer=optimizer)
+try:
+    while True:
+        site.step(optimizer=optimizer)
+except RuntimeError:
+    logging.exception("it ends here")
+    time.sleep(3600)
