@@ -367,8 +367,9 @@ def run_lab(lab: Lab) -> tuple[Summary, dict[str, Any]]:
         said = (lab.hosts[PeerId(first)].directory / "output.txt").read_text(errors="replace")[-2000:]
         raise Fault(min(c if c > 0 else 1 for c in failed.values()), f"{', '.join(failed)} failed", str(lab.out), said)
     summary = Pride(lab.plan, lab.out, None, click.echo).summary(wall_s)
-    if lab.rival:  # whose log says nothing of messages
+    if lab.rival:  # whose log says nothing of messages, and who leaves no replica
         summary["wan_bytes"], summary["lan_bytes"] = carried(report, lab.plan.topology)
+        summary["replica_disagreement"] = None
     summary["void"] = summary["void"] or router.late_s(0.99) > LATE_S_MAX
     (lab.out / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
     return summary, report
@@ -424,6 +425,10 @@ def main(as_json: bool, **options: Any) -> None:
     plan = plan_of(options | {"pace": None, "talk": None, "start": None, "data": None})
     job = str(Path(options["job"]).resolve()) if options["job"].endswith(".toml") else options["job"]
     topology_file = find("topology", options["topology"]).path
+    if options["rival"] and (options["begins"] or options["exchange"]):
+        raise click.BadParameter("does not go with --begin or --exchange: its clock begins once", param_hint="--rival")
+    if options["settings_of_rival"] and not options["rival"]:
+        raise click.BadParameter("says something to a --rival, and there is none", param_hint="--option")
     rival = command(options["rival"]) if options["rival"] else ()
     plan = named(plan, options["rival"]) if rival else plan
     out = options["out"] or default_out(plan)
