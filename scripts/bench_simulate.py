@@ -4,6 +4,7 @@
     python scripts/bench_simulate.py --day pride [--hours 24] --wan DIRECTORY   # 4 bridged micro-clouds of 8, traces
     python scripts/bench_simulate.py --thousand pride [--seconds 600]           # 100 micro-clouds of 10, along a tree
     python scripts/bench_simulate.py --flat docs/simulate.png                   # 10 to 1,000 peers, and a picture
+    python scripts/bench_simulate.py --league pride --data DIRECTORY [--seconds 80]    # shares of a league run
 
 CPU seconds of this process throughout, so that a busy machine changes little. ``messages_per_wall_s``: whole messages
 delivered to nodes per CPU second of a toy run, building and summary included. ``outside_share``: the part of a digits
@@ -247,10 +248,21 @@ def flat(deliveries: Deliveries, picture: Path, folder: Path) -> list[dict[str, 
     return rows
 
 
-def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
-    """Categories of the digits run, as shares of all but evaluation."""
+LEAGUE = {
+    "model__hidden": [512, 256],
+    "train__learning_rate": 0.05,
+    "train__momentum": 0.9,
+    "batching__growth": False,
+    "evaluate__every": 5.0,
+    "evaluate__samples": 2000,
+}
+"""As scripts/league.py runs fashion-mnist."""
+
+
+def shares(deliveries: Deliveries, seconds: float, job: str = "digits", **settings: Any) -> dict[str, float]:
+    """Categories of a run on hetero-system, as shares of all but evaluation."""
     watch = instrumented()
-    result = run(deliveries, "digits", load_topology("hetero-system"), seconds, exchange__name="dlion")
+    result = run(deliveries, job, load_topology("hetero-system"), seconds, **settings)
     whole = result["cpu_s"] - watch.seconds.pop("evaluation")
     found = {
         name: watch.seconds[name] / whole for name in ("gradient", "selection", "apply", "encode", "decode", "log")
@@ -268,6 +280,8 @@ def shares(deliveries: Deliveries, seconds: float) -> dict[str, float]:
 @click.option("--hours", default=24.0, help="Virtual hours of --day.")
 @click.option("--wan", type=click.Path(exists=True, path_type=Path), help="Where the traces are.")
 @click.option("--thousand", metavar="STRATEGY", help="1,000 peers for --seconds.")
+@click.option("--league", metavar="STRATEGY", help="Shares of a league run of --seconds; needs --data.")
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Where Fashion-MNIST is.")
 @click.option("--flat", "picture", type=click.Path(path_type=Path), help="Draw the cost of a message there.")
 def main(as_json: bool, calls: bool, seconds: float, day: str | None, thousand: str | None, **large: Any) -> None:
     deliveries = Deliveries(cProfile.Profile() if calls else None)
@@ -278,6 +292,12 @@ def main(as_json: bool, calls: bool, seconds: float, day: str | None, thousand: 
             topology, lasts_s, name = traced(large["wan"], Path(folder)), 3600 * large["hours"], day
         elif thousand is not None:
             topology, lasts_s, name = grown(100, 10, 5.0, Path(folder)), seconds, thousand
+        elif large["league"] is not None:
+            if large["data"] is None:
+                raise click.UsageError("--league needs --data DIRECTORY with the training sets")
+            of = {"exchange__name": large["league"], "data__dir": str(large["data"])}
+            print(json.dumps(shares(deliveries, seconds, "fashion-mnist", **of, **LEAGUE), indent=2))
+            return
         elif large["picture"] is not None:
             flat(deliveries, large["picture"], Path(folder))
             return
@@ -293,7 +313,7 @@ def small(deliveries: Deliveries, as_json: bool, seconds: float) -> None:
         run(deliveries, "toy", load_topology(topology), seconds, exchange__name=exchange)
         for exchange, topology in (("full", "homogeneous"), ("dlion", "hetero-system"), ("dlion", "four-clouds"))
     ]
-    categories = shares(deliveries, 20.0)
+    categories = shares(deliveries, 20.0, exchange__name="dlion")
     ratios = {
         "messages_per_wall_s": max(row["messages_per_cpu_s"] for row in rows[:3]),
         "outside_share": categories["outside"],

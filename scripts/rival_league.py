@@ -178,13 +178,14 @@ def tune(data: Path, names: str) -> None:
 @click.option("--seeds", default="0", show_default=True, help="Comma-separated.")
 @click.option("--until", "until_s", default=100.0, show_default=True, help="Seconds.")
 @click.option("--kill", default="", metavar="PEER@SECONDS")
-def run(data: Path, names: str, seeds: str, until_s: float, kill: str) -> None:
+@click.option("--topology", default="hetero-system", show_default=True)
+def run(data: Path, names: str, seeds: str, until_s: float, kill: str, topology: str) -> None:
     """Run each with its tuned rate."""
     rates = tuned()
     if missing := [name for name in names.split(",") if name not in rates]:
         raise click.ClickException(f"no learning rate yet: run tune --names {','.join(missing)} first")
     order = product(seeds.split(","), names.split(","))
-    run_all([Spec(name, int(seed), rates[name], until_s, kill) for seed, name in order], data)
+    run_all([Spec(name, int(seed), rates[name], until_s, kill, topology) for seed, name in order], data)
 
 
 @main.command()
@@ -192,13 +193,18 @@ def page() -> None:
     """Write the page and its pictures from the rows."""
     measured = [row for row in rows() if row["spec"]["seed"] != TUNE_SEED]
     text = [(DOCS / "league" / "rivals-head.md").read_text()]
-    for kill in sorted({row["spec"]["kill"] for row in measured}):
-        groups = by_strategy([row for row in measured if row["spec"]["kill"] == kill])
-        title = f"{kill.partition('@')[0]} is killed" if kill else "Nobody dies"
-        picture = f"rivals-{kill.replace('@', '-') or 'all'}.png"
+    for where in sorted({where_of(row) for row in measured}, key=lambda where: (where[0] != "hetero-system", where)):
+        groups = by_strategy([row for row in measured if where_of(row) == where])
+        topology, kill = where
+        title = f"{topology}, {kill.partition('@')[0]} is killed" if kill else topology
+        picture = f"rivals-{topology}{'-' * bool(kill)}{kill.replace('@', '-')}.png"
         draw(groups, DOCS / "league" / picture)
         text += [f"## {title}\n", *table(groups), "", verdict(groups), "", f"![{title}](league/{picture})", ""]
     (DOCS / "rivals.md").write_text("\n".join(text))
+
+
+def where_of(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["spec"]["topology"], row["spec"]["kill"]
 
 
 def table(groups: Mapping[str, Rows]) -> list[str]:

@@ -238,7 +238,8 @@ class Lab:
         self.stopping = signal.Signals(number).name
         for host in self.hosts.values():
             if host.process is not None and host.process.poll() is None:
-                host.process.terminate()
+                # a rival has nothing to drain, and may sit behind one that hears no SIGTERM
+                os.killpg(host.process.pid, signal.SIGKILL if self.rival else signal.SIGTERM)
 
     def gather(self) -> None:
         """Every host's log and model into the run's directory."""
