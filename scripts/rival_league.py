@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import numpy as np
+from league import commit
 from league_stats import Rows, by_strategy, interval, ratios, reached, smooth
 from rivals import RIVALS
 from wan_lab import carried
@@ -99,6 +100,7 @@ def row_of(spec: Spec, out: Path) -> dict[str, Any]:
         "late_ms": router["late_ms"]["p99"],
         "overrun": summary["overrun"],
         "void": summary["void"],
+        "commit": commit(),
     }
 
 
@@ -125,21 +127,25 @@ def rows() -> list[dict[str, Any]]:
 def run_all(specs: Iterable[Spec], data: Path) -> None:
     """Run what has no row yet; a void run is done again, and kept as void in the end."""
     have = {json.dumps(row["spec"], sort_keys=True) for row in rows()}
-    for spec in specs:
-        for left in reversed(range(0 if spec.key in have else TRIES)):
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "run"
-                done = subprocess.run(spec.words(data, out), capture_output=True, text=True, check=False)
-                if done.returncode:
-                    click.echo(f"FAILED {spec.key}: {done.stderr[-2000:]}", err=True)
-                    break
-                row = row_of(spec, out)
+    for spec in [spec for spec in specs if spec.key not in have]:
+        for _ in range(TRIES):
+            row = measure(spec, data)
             said = f"{row['mean'][-1]:.4f}, 80 % at {reached([row], 0.8)}, late {row['late_ms']} ms"
             click.echo(f"{spec.key}: {said}{' void' if row['void'] else ''}", err=True)
-            if not row["void"] or not left:
-                with RESULTS.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            if not row["void"]:
                 break
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def measure(spec: Spec, data: Path) -> dict[str, Any]:
+    """One run in the lab. Raises ClickException with the lab's words when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        done = subprocess.run(spec.words(data, out), capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise click.ClickException(f"{spec.key}\n{done.stderr[-2000:]}")
+        return row_of(spec, out)
 
 
 def tuned() -> dict[str, float]:
@@ -152,8 +158,19 @@ def tuned() -> dict[str, float]:
     return {name: rate for name, (_, rate) in best.items()}
 
 
+def known(_: click.Context, __: click.Parameter, names: str) -> list[str]:
+    """Raises BadParameter for a name that is none of ours and no rival's."""
+    found = names.split(",")
+    if unknown := [name for name in found if name not in FLAGS]:
+        raise click.BadParameter(f"found {unknown[0]!r}, expected some of {', '.join(FLAGS)}")
+    return found
+
+
+def names_option(names: Iterable[str]) -> Any:
+    return click.option("--names", default=",".join(names), callback=known, show_default=True, help="Comma-separated.")
+
+
 data_option = click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
-names_option = click.option("--names", default=",".join([*OURS, *RIVALS]), show_default=True, help="Comma-separated.")
 
 
 @click.group()
@@ -163,28 +180,28 @@ def main() -> None:
 
 @main.command()
 @data_option
-@click.option("--names", default=",".join(RIVALS), show_default=True, help="Comma-separated.")
-def tune(data: Path, names: str) -> None:
+@names_option(RIVALS)
+def tune(data: Path, names: list[str]) -> None:
     """Try every learning rate once; at an edge, half or twice of it too."""
-    run_all([Spec(name, TUNE_SEED, rate, TUNE_S) for name in names.split(",") for rate in RATES], data)
+    run_all([Spec(name, TUNE_SEED, rate, TUNE_S) for name in names for rate in RATES], data)
     best = tuned()
     for edge, beyond in ((RATES[0], RATES[0] / 2), (RATES[-1], RATES[-1] * 2)):
-        run_all([Spec(name, TUNE_SEED, beyond, TUNE_S) for name in names.split(",") if best.get(name) == edge], data)
+        run_all([Spec(name, TUNE_SEED, beyond, TUNE_S) for name in names if best.get(name) == edge], data)
 
 
 @main.command()
 @data_option
-@names_option
+@names_option([*OURS, *RIVALS])
 @click.option("--seeds", default="0", show_default=True, help="Comma-separated.")
 @click.option("--until", "until_s", default=100.0, show_default=True, help="Seconds.")
 @click.option("--kill", default="", metavar="PEER@SECONDS")
 @click.option("--topology", default="hetero-system", show_default=True)
-def run(data: Path, names: str, seeds: str, until_s: float, kill: str, topology: str) -> None:
+def run(data: Path, names: list[str], seeds: str, until_s: float, kill: str, topology: str) -> None:
     """Run each with its tuned rate."""
     rates = tuned()
-    if missing := [name for name in names.split(",") if name not in rates]:
+    if missing := [name for name in names if name not in rates]:
         raise click.ClickException(f"no learning rate yet: run tune --names {','.join(missing)} first")
-    order = product(seeds.split(","), names.split(","))
+    order = product(seeds.split(","), names)
     run_all([Spec(name, int(seed), rates[name], until_s, kill, topology) for seed, name in order], data)
 
 

@@ -14,7 +14,7 @@ from dlion import clock
 from dlion.neighbours import LEAD
 from dlion.net.chunks import DATA, HEADER, Bye, ProtocolError
 from dlion.net.connection import HEARTBEAT_S, Connection
-from dlion.net.greeting import EARLY_BYTES_MAX, HELLO_BYTES_MAX, Greeting
+from dlion.net.greeting import EARLY_BYTES_MAX, HELLO_BYTES_MAX, Greeting, LeftError
 from dlion.net.link import Link, LinkError, feed
 from dlion.net.pipe import BACKLOG_BYTES_MAX, pipe
 from dlion.net.session import Session, SessionLimits
@@ -273,13 +273,15 @@ async def test_a_greeting_that_is_late_too_long_or_cut_short_is_a_link_error() -
         await greetings[1][0].hear(0.5)
     greetings[2][1].link.write(b"\5\0\0\0hel")
     greetings[2][1].link.close()
-    with pytest.raises(LinkError, match="closed by the other end"):
+    with pytest.raises(LeftError, match="closed by the other end"):
         await greetings[2][0].hear(0.5)
     with pytest.raises(LinkError, match="at most"):
         greetings[3][0].say(bytes(HELLO_BYTES_MAX + 1))
     greetings[3][1].link.write(b"\1\0\0\0h" + bytes(EARLY_BYTES_MAX))
-    with pytest.raises(LinkError, match="behind the greeting"):
+    await asyncio.sleep(0.1)
+    with pytest.raises(LinkError, match="behind the greeting") as flood:
         await greetings[3][0].hear(0.5)
+    assert type(flood.value) is LinkError  # it was sent away, it did not leave
 
 
 class Ear:

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from dlion.cli.build import Plan, identity_of, workload_of, write_header
 from dlion.cli.planfile import load_plan, save_plan
@@ -22,6 +23,7 @@ from dlion.observe.read import read_directory
 from dlion.observe.runlog import End, File, RunLog, Step
 from tests.test_learn_workloads import write_idx
 
+pytest.importorskip("matplotlib", reason="the page has pictures")
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 import rival_league  # noqa: E402
@@ -135,3 +137,27 @@ def test_the_longest_pause_counts_for_those_who_lived(plan: Plan, tmp_path: Path
     run = read_directory(tmp_path)
     assert list(rival_league.dead(run)) == ["b1"]
     assert rival_league.pause_s(run, 10.0) == pytest.approx(4.0)
+
+
+def test_the_page_ranks_by_time_and_says_who_never_arrives() -> None:
+    """Lines to 80 % at the time given; the last one is at 50 % when the run ends."""
+
+    def row(strategy: str, arrives_s: float) -> dict[str, object]:
+        times = [5.0 * n for n in range(13)]
+        spec = {"strategy": strategy, "seed": 0, "rate": 0.05, "until_s": 60.0}
+        mean = [0.8 * t / arrives_s for t in times]
+        return {
+            **{"spec": spec, "times": times, "mean": mean, "worst": mean, "wan_bytes": 2_000_000, "pause_s": 1.5},
+            **{"died_s": {"b1": 29.8}, "void": strategy == "hivemind"},
+        }
+
+    groups = {"hivemind": [row("hivemind", 40.0)], "pride": [row("pride", 20.0)], "flower": [row("flower", 96.0)]}
+    lines = rival_league.table(groups)
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| **pride**", "| hivemind", "| flower"]
+    assert "| 0.05 | 1 (void) | 40.0 |" in lines[3] and "| – | – | – | 50.0 | 50.0 | 2 | 1.5 | 30 |" in lines[4]
+    assert "flower (at least 3.00x), hivemind (2.00x)." in rival_league.verdict(groups)
+
+
+def test_a_name_that_nobody_has_is_one_error(tmp_path: Path) -> None:
+    said = CliRunner().invoke(rival_league.main, ["tune", "--data", str(tmp_path), "--names", "pride,foo"])
+    assert said.exit_code == 2 and "found 'foo', expected some of pride" in said.output

@@ -31,7 +31,7 @@ class Greeting:
         self._read = bytearray(HELLO_BYTES_MAX + _LENGTH.size)
         self._filled = 0
         self._failure = ""
-        self._lost = False
+        self._lost = self._left = False
         self._blob_end = 0
         self._waiter: asyncio.Future[None] | None = None
         self._early = False
@@ -57,9 +57,8 @@ class Greeting:
             finally:
                 self._waiter = None
         if self._failure:
-            left = self._lost
             self.link.abort()
-            raise (LeftError if left else LinkError)(self._failure)
+            raise (LeftError if self._left else LinkError)(self._failure)
         return bytes(self._read[_LENGTH.size : self._blob_end])
 
     def hand_over(self, receiver: Receiver) -> None:
@@ -108,7 +107,7 @@ class Greeting:
             self._receiver.link_writable()
 
     def link_lost(self, reason: str) -> None:
-        self._lost = True
+        self._lost, self._left = True, not self._failure
         self._failure = self._failure or reason
         if self._receiver is not None and not self._early:
             self._receiver.link_lost(reason)

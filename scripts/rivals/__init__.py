@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -60,6 +61,12 @@ def save_settings(out: Path, addresses: Mapping[str, str], options: Iterable[str
     if empty := [key for key, value in values.items() if not value]:
         raise click.BadParameter(f"expected KEY=VALUE, got {empty[0]!r}", param_hint="--option")
     (out / SETTINGS).write_text(json.dumps({"addresses": dict(addresses), "options": values}, indent=1) + "\n")
+
+
+def settings(out: Path) -> dict[str, Any]:
+    """What ``save_settings`` wrote: ``addresses`` by peer, in the plan's order, and ``options``."""
+    found: dict[str, Any] = json.loads((out / SETTINGS).read_text())
+    return found
 
 
 def began(out: Path, peers: int) -> bool:

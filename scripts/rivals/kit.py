@@ -8,7 +8,6 @@ snapshots and ends the process, whatever the framework hangs in.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -32,7 +31,9 @@ from dlion.observe.evaluate import SnapshotStore
 from dlion.observe.runlog import Begin, End, File, RunLog, Step
 from dlion.tensors import Tensors
 
-SETTINGS, READY = "rival.json", ".ready"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from rivals import READY, began, settings
+
 POLL_S = 0.02
 
 
@@ -40,13 +41,13 @@ class Site:
     """One peer's place. ``view``: what the framework would save and serve now; its own module where it says nothing."""
 
     def __init__(self, out: Path, peer: str) -> None:
-        settings = json.loads((out / SETTINGS).read_text())
+        said = settings(out)
         plan = load_plan(out)
         self.out, self.peer = out, PeerId(peer)
         self.names: list[str] = list(plan.peers)
         self.rank = plan.peers.index(self.peer)
-        self.addresses: dict[str, str] = settings["addresses"]
-        self.options: dict[str, str] = settings["options"]
+        self.addresses: dict[str, str] = said["addresses"]
+        self.options: dict[str, str] = said["options"]
         job = plan.job
         self.rate, self.momentum, self.batch = job.train.learning_rate, job.train.momentum, job.train.batch
         speeds = [spec.speed for spec in plan.topology.peers.values()]
@@ -105,7 +106,7 @@ class Site:
         """Wait until everybody is here (at most so long): that is time 0 of all. Files, not packets, tell."""
         (self.out / f"{self.peer}{READY}").touch()
         limit = time.monotonic() + patience_s
-        while len(list(self.out.glob(f"*{READY}"))) < len(self.names) and time.monotonic() < limit:
+        while not began(self.out, len(self.names)) and time.monotonic() < limit:
             time.sleep(POLL_S)
         self._origin = time.monotonic()
         self._log.write(Begin(t=0.0, clock_s=self._origin))

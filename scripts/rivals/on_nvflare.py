@@ -9,12 +9,14 @@ until a client counts as dead; and weights come inside the message (``chunk`` 0)
 It puts itself into a process namespace: FLARE's processes, two per host and two more for the server, end with it.
 """
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from rivals import settings
 
 DEFAULTS = {"round_s": "5", "scheme": "tcp", "dead_s": "15", "port": "8002", "chunk": "0"}
 ADMIN = "admin@lab.org"
@@ -75,13 +77,13 @@ def submit(out, kits, peers, options):
 
 def host(out, peer):
     """The peer's client; in the first peer's host also the server and the administrator. Until the trainer ends."""
-    settings = json.loads((out / "rival.json").read_text())
-    peers, options = list(settings["addresses"]), DEFAULTS | settings["options"]
+    said = settings(out)
+    peers, options = list(said["addresses"]), DEFAULTS | said["options"]
     kits, trainer = out / "flare" / "kits", out / "flare" / f"{peer}.pid"
     first = {"PATH": Path(sys.executable).parent, "PYTHONPATH": Path(__file__).parent}
     environment = os.environ | {name: f"{path}:{os.environ.get(name, '')}" for name, path in first.items()}
     if peer == peers[0]:
-        provision(kits, peers, settings["addresses"], options)
+        provision(kits, peers, said["addresses"], options)
         subprocess.run([kits / "server" / "startup" / "start.sh"], env=environment, check=True)
     while not kits.exists():
         time.sleep(0.1)
