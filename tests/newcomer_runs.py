@@ -135,9 +135,10 @@ class Scene:
     @classmethod
     def draw(cls, seed: int, talk: Talk) -> Scene:
         rng = np.random.default_rng(seed)
-        peers = (
-            "a1 a2 b1 c1" if talk == "mesh" else "a1 a2 a3 | b1 b2 b3" if seed % 2 else "a1 a2 a3 | b1 b2 | c1 c2 c3"
-        )
+        if talk == "mesh":
+            peers = "a1 a2 b1 c1" if seed % 2 else "a1 a2 | b1 c1"
+        else:
+            peers = "a1 a2 a3 | b1 b2 b3" if seed % 2 else "a1 a2 a3 | b1 b2 | c1 c2 c3"
         speeds = {p: BATCH / 0.1 * float(rng.choice([0.3, 0.7, 1.0, 2.0])) for p in ["a1", "a2", "b1", "c1"]}
         topology = net(
             peers,

@@ -151,6 +151,13 @@ def test_who_died_twice_for_one_and_once_for_another_is_not_waited_for(name: str
     )
 
 
+def test_a_part_that_is_lost_does_not_count_though_the_dead_had_summed_it() -> None:
+    """a3 lacks a2's part; a1 and a2 have said shards of a sum that counts it, and die: a3 makes the sum without it."""
+    out, deaths = {("a2", "a3"): (2.0, 2.1)}, (("a1", 2.7), ("a2", 2.6))
+    speeds = dict.fromkeys(("a1", "a2", "a3", "b1", "b2"), 8.0)
+    hold("local-sgd", World("a1 a2 a3 | b1 b2", "mesh", 0.2, 0.1, speeds, out, deaths, 0))
+
+
 def test_what_a_silent_partner_had_said_still_counts_when_it_is_back() -> None:
     """a2 has said its part of the round, is silent for a moment, and does not say it again."""
     hold("noloco", World("a1 a2", "mesh", 0.2, 0.1, {"a1": 8.0, "a2": 32.0}, {("a1", "a2"): (2.0, 2.1)}, (), 0))

@@ -55,7 +55,7 @@ scenes = pytest.mark.parametrize(
 
 def play(make: Callable[[], Exchange], talk: Talk, way: str = "") -> Ran:
     births, deaths = WAYS[way] if way else ([], [])
-    peers = "a1 a2 | b1 b2 b3 b4" if talk == "bridges" else "a1 a2 b1 b3 b4"
+    peers = "a1 a2 | b1 b2 b3 b4" if talk == "bridges" else "a1 a2 | b1 b3 b4"
     settings = {"start_wait_s": 2.0, "drain_s": 30.0}
     return run(net(peers, talk, mbps=1.0), make, until_s=15.0, births=births, deaths=deaths, settings=settings)
 

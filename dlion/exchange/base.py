@@ -109,6 +109,10 @@ class Routes(Protocol):
         """True: everybody tells everybody, and nothing is passed on."""
 
     @property
+    def clouds(self) -> int:
+        """How many micro-clouds there are, whoever lives."""
+
+    @property
     def name(self) -> str:
         """Of the plan that they are part of: who has left. A word travels by the plan under which it was first said."""
 

@@ -4,9 +4,9 @@ Source: Douillard et al., "DiLoCo: Distributed Low-Communication Training of Lan
 the inner optimizer, whose state never leaves the peer; outer gradient = start - end, averaged over the peers; outer SGD
 with Nesterov momentum (0.7, 0.9). Everybody waits until the round is closed.
 
-Differences from the paper. Peers exchange the parts themselves, to all along the routes; no all-reduce. H is 20, not
-500: jobs here are short. ``round_s`` ends rounds by the clock, so that fast peers do more local steps. ``bits`` may be
-32 to 4 (the low ones as in Streaming DiLoCo; what rounding loses is dropped). A dead peer leaves the round.
+Differences from the paper. Peers form the mean themselves, in two levels (``parts``). H is 20, not 500: jobs here are
+short. ``round_s`` ends rounds by the clock, so that fast peers do more local steps. ``bits`` may be 32 to 4 (the low
+ones as in Streaming DiLoCo; what rounding loses is dropped). A dead peer leaves the round.
 """
 
 from __future__ import annotations

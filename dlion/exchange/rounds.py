@@ -1,8 +1,9 @@
 """Common ground of the strategies that work in rounds: DiLoCo, local SGD, SparseLoCo.
 
 Law: a round is one part from every living peer; its mean moves the common weights (the *anchor*), which every peer
-keeps, bit by bit the same. Who dies leaves the round; nobody waits for the dead (``parts`` sees to that). Under bridges
-the mean is formed in two levels, and what the rounding of a micro-cloud's sum leaves goes into its next one.
+keeps, bit by bit the same. Who dies leaves the round; nobody waits for the dead (``parts`` sees to that). Between
+micro-clouds the mean is formed in two levels, and what the rounding of a micro-cloud's sum leaves goes into its next
+one.
 
 A replica is anchor + what it moved since. When a round closes, the part it gave is taken back and the step of the
 anchor is added instead, so local steps done meanwhile (overlap) stay.
@@ -23,7 +24,7 @@ from msgspec.structs import replace
 from dlion.blocks import Block, Encoding, dense
 from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Speech, Update
 from dlion.exchange.owed import exact
-from dlion.exchange.parts import Parts, spokesman
+from dlion.exchange.parts import Parts, sums_up, whose
 from dlion.messages import Message, PeerId, Scalar, Span
 from dlion.tensors import Flat, add_scaled
 
@@ -73,7 +74,7 @@ class Rounds(Exchange):
     consensus = True
     speaks: ClassVar[Speech] = {
         "part": {"cloud": str, "weight": float},
-        "sum": {"cloud": str, "weight": float},
+        "sum": {"cloud": str, "weight": float, "parts": int},
         "gone": {"cloud": str, "peer": str},
         "anchor": {"cloud": str},
     }
@@ -99,7 +100,9 @@ class Rounds(Exchange):
         self._given: Flat | None = None
         """What our part of the open round takes out of the replica when it closes; None: not given yet."""
         self._left: Flat | None = None
-        """What the rounding of our micro-cloud's sums left out, as long as we are the one to make them."""
+        """What the rounding of our micro-cloud's sums left out, where we made them, ..."""
+        self._makers: list[PeerId] = []
+        """... as long as their shards are these peers'."""
         self._met: set[PeerId] = set()
         self._missed: set[PeerId] = set()
         """Whom we knew and closed a round without."""
@@ -115,8 +118,12 @@ class Rounds(Exchange):
         return self.encode(moved, start)
 
     def encode(self, values: Flat, start: int) -> Block:
-        """The form in which a part, or the mean of a micro-cloud's parts, is said."""
+        """The form in which a part is said."""
         return dense(values, start=start)
+
+    def sum(self, mean: Flat, start: int, parts: int) -> Block:
+        """The form in which the mean of so many parts is said."""
+        return self.encode(mean, start)
 
     def fragment(self, ctx: Context) -> slice:
         """The entries that the open round is about: here the whole model."""
@@ -164,7 +171,7 @@ class Rounds(Exchange):
     def on_members(self, ctx: Context) -> Iterable[Action]:
         yield from self._parts.on_members(ctx)
         self._met |= set(ctx.members)
-        if ctx.me != spokesman(ctx):
+        if not sums_up(ctx):
             self._left = None
         if back := self._missed & (ctx.members.keys() - ctx.silent.keys()):
             yield from self._meet_again(back, ctx)
@@ -224,36 +231,45 @@ class Rounds(Exchange):
         yield from self._close(ctx)
 
     def _sum_up(self, ctx: Context) -> Iterator[Action]:
-        """Say the sum of our micro-cloud's parts, as their mean and its weight, once it is complete and ours to say."""
-        parts = self._parts.to_sum(self.round, ctx)
-        if not parts:
+        """Say our shards of the sum of our micro-cloud's parts, as soon as those are complete."""
+        work = self._parts.to_sum(self.round, self.fragment(ctx), ctx)
+        if work is None or not work.shards:
             return
-        fragment = self.fragment(ctx)
-        mean, weight = _mean(parts, ctx.layout.size)
-        if self._left is not None:
-            mean += self._left
+        if work.makers != self._makers:
+            self._makers, self._left = work.makers, None
+        mean, weight = _mean(work.parts, ctx.layout.size)
+        coverage = tuple(span for part in work.parts for span in part.coverage)
+        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight, "parts": work.which}
+        for shard in work.shards:
+            block = self._shard(work.parts, mean, shard)
+            message = Message("sum", ctx.step, self.round, fields, (block,), coverage, origin=ctx.me)
+            yield from self._parts.say(message, ctx)
+
+    def _shard(self, parts: list[Message], mean: Flat, shard: slice) -> Block:
+        """The ``mean`` of ``parts`` there, in the form in which it is said; what that leaves out is kept."""
         if len(parts) == 1 and self._left is None:
-            block = parts[0].blocks[0]
-        else:
-            form = exact if self._draining else self.encode
-            block = form(mean[fragment], start=fragment.start)
-            block.add_to(mean, -1.0)
-            self._left = mean if mean.any() else None
-        coverage = tuple(span for part in parts for span in part.coverage)
-        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
-        message = Message("sum", ctx.step, self.round, fields, (block,), coverage, origin=ctx.me)
-        yield from self._parts.say(message, ctx)
+            return parts[0].blocks[0]
+        if self._left is None:
+            self._left = np.zeros_like(mean)
+        left = self._left[shard]
+        left += mean[shard]
+        block = exact(left, start=shard.start) if self._draining else self.sum(left, shard.start, len(parts))
+        block.add_to(self._left, -1.0)
+        if not self._left.any():
+            self._left = None
+        return block
 
     def _close(self, ctx: Context) -> Iterator[Action]:
         """When all parts are here: move the anchor, and the replica with it."""
         if self._given is None:
             return
         yield from self._sum_up(ctx)
-        if not self._parts.complete(self.round, ctx):
+        fragment = self.fragment(ctx)
+        size = fragment.stop - fragment.start
+        if not self._parts.complete(self.round, size, ctx):
             return
         self._missed |= self._met - set(ctx.members)
-        fragment = self.fragment(ctx)
-        mean, _ = _mean(self._parts.close(self.round, ctx), ctx.layout.size)
+        mean, _ = _mean(self._parts.close(self.round, size, ctx), ctx.layout.size)
         step = self.outer.step(mean[fragment], fragment.start, ctx.layout.size)
         self._anchor[fragment] += step
         given, self._given = self._given, None
@@ -335,7 +351,7 @@ class Rounds(Exchange):
         velocity = self.outer.velocity
         arrays = {"anchor": self._anchor, "moved": self._moved, "given": self._given, "velocity": velocity}
         counts = {"round": self.round, "steps": self._steps, "samples": self._samples, "unspoken": self._unspoken}
-        counts |= {"counted": self._counted}
+        counts |= {"counted": self._counted, "makers": list(self._makers)}
         others = {"met": set(self._met), "missed": set(self._missed), "anchor_of": self._anchor_of}
         flat = {k: v.copy() for k, v in {**arrays, "left": self._left}.items() if v is not None}
         return {**flat, **counts, **others, "parts": self._parts.state()}
@@ -345,14 +361,14 @@ class Rounds(Exchange):
         self._anchor, self._moved = flat["anchor"], flat["moved"]
         self._given, self.outer.velocity, self._left = (flat.get(name) for name in ("given", "velocity", "left"))
         self.round, self._steps, self._samples = (int(state[name]) for name in ("round", "steps", "samples"))
-        self._unspoken, self._counted = list(state["unspoken"]), state["counted"]
+        self._unspoken, self._counted, self._makers = list(state["unspoken"]), state["counted"], list(state["makers"])
         self._met, self._missed, self._anchor_of = set(state["met"]), set(state["missed"]), str(state["anchor_of"])
         self._parts.restore(state["parts"])
 
 
 def _mean(messages: list[Message], size: int) -> tuple[Flat, float]:
     """The weighted mean of what they say, over the whole model, summed in their order; and their weight together."""
-    total = sum(float(m.fields["weight"]) for m in messages)
+    total = sum({whose(m): float(m.fields["weight"]) for m in messages}.values())
     mean = np.zeros(size, dtype=np.float32)
     for message in messages:
         message.blocks[0].add_to(mean, float(message.fields["weight"]) / (total or 1.0))

@@ -4,7 +4,8 @@ Source: Sarfi et al., "Communication Efficient LLM Pre-training with SparseLoCo"
 chunk of 4096 the 64 largest go out and leave e; plain mean, outer learning rate 1; everybody waits for the round.
 
 Differences from the paper. Values have 4 bits (the paper: 2) and indexes are Elias-Fano codes (the paper: 12 bits), so
-a part is about 95 times smaller than float32 (the paper: 146). H is 15: jobs here are short.
+a part is about 95 times smaller than float32 (the paper: 146). H is 15: jobs here are short. Between micro-clouds go
+sums, of as many entries as their parts have together (the paper: every part to everybody).
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ class SparseLoCo(Rounds):
         return block
 
     def encode(self, values: Flat, start: int) -> Block:
-        return sparse(values, self._largest(values), Encoding.I4, start=start, scanned=values.size)
+        return self.sum(values, start, 1)
 
-    def _largest(self, values: Flat) -> np.typing.NDArray[np.intp]:
+    def sum(self, mean: Flat, start: int, parts: int) -> Block:
+        """As many entries as that many parts can have."""
+        places = self._largest(mean, min(parts * self.keep, self.chunk))
+        return sparse(mean, places, Encoding.I4, start=start, scanned=mean.size)
+
+    def _largest(self, values: Flat, keep: int) -> np.typing.NDArray[np.intp]:
         """Ascending positions of the ``keep`` largest magnitudes of every chunk; the last chunk may be shorter."""
         size = values.size
         whole = size // self.chunk * self.chunk
@@ -55,11 +61,11 @@ class SparseLoCo(Rounds):
         step = max(1, CHUNK // self.chunk) * self.chunk
         for lo in range(0, whole, step):
             rows = np.abs(values[lo : min(lo + step, whole)]).reshape(-1, self.chunk)
-            top = np.argpartition(rows, self.chunk - self.keep, axis=1)[:, self.chunk - self.keep :]
+            top = np.argpartition(rows, self.chunk - keep, axis=1)[:, self.chunk - keep :]
             top += np.arange(lo, lo + rows.size, self.chunk)[:, None]
             places.append(top.ravel())
         rest = np.abs(values[whole:])
-        count = min(rest.size, max(1, self.keep * rest.size // self.chunk)) if rest.size else 0
+        count = min(rest.size, max(1, keep * rest.size // self.chunk)) if rest.size else 0
         tail = whole + np.argpartition(rest, rest.size - count)[rest.size - count :] if count else np.empty(0, np.intp)
         return np.sort(np.concatenate((*places, tail)))
 

@@ -63,7 +63,7 @@ class Plan:
 
     def downstream(self, me: PeerId, came_from: PeerId, origin_cloud: str) -> frozenset[Pair]:
         """All links over which an update of ``origin_cloud`` goes on from ``me``, to which ``came_from`` said it."""
-        if origin_cloud not in self._clouds:
+        if origin_cloud not in self.clouds:
             return frozenset()
         key = me, came_from, origin_cloud
         if (found := self._downstream.get(key)) is None:
@@ -84,7 +84,8 @@ class Plan:
         return self._ends.get(me, {})
 
     @cached_property
-    def _clouds(self) -> frozenset[str]:
+    def clouds(self) -> frozenset[str]:
+        """All micro-clouds, whoever lives."""
         return frozenset(self.cloud_of.values())
 
     @cached_property
@@ -124,6 +125,10 @@ class PeerRoutes:
     @property
     def mesh(self) -> bool:
         return self.plan.mesh
+
+    @property
+    def clouds(self) -> int:
+        return len(self.plan.clouds)
 
     def onward(self, came_from: PeerId | None, origin_cloud: str, plan: str | None = None) -> tuple[PeerId, ...]:
         return self._plan(plan).onward(self.me, came_from, origin_cloud)
