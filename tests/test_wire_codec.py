@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import msgpack
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from dlion.blocks import Block, Encoding, block_bytes, dense, index_bytes, sparse
 from dlion.messages import Hello, Message, PeerId, Span, Stream
 from dlion.wire import positions
-from dlion.wire.codec import decode, decode_hello, encode, encode_hello
+from dlion.wire.codec import Malformed, decode, decode_hello, encode, encode_hello
 from dlion.wire.limits import Limits
 
 MODEL = 5_000
@@ -114,6 +116,22 @@ def test_zstd_is_used_where_it_pays_and_changes_nothing(encoding: Encoding, zero
     elif encoding is not Encoding.I4:
         assert len(data) > block.nbytes_max - 60
     assert_same_block(block, decode(data, Limits.of(block.size)).blocks[0])
+
+
+def test_a_frame_does_not_depend_on_thread_or_frames_before() -> None:
+    rng = np.random.default_rng(4)
+    blocks = [dense(rng.standard_normal(size).astype(np.float32), Encoding.I4) for size in (1 << 16, 1 << 17)]
+    first, other = (Message("m", blocks=(block,)) for block in blocks)
+    alone = encode(first)
+    encode(other)
+    assert encode(first) == alone
+    limits = Limits.of(blocks[0].size)
+    with pytest.raises(Malformed, match="zstd"):
+        decode(alone[:-9] + bytes([*(byte ^ 255 for byte in alone[-9:])]), limits)
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(lambda _: encode(first), range(64))) == {alone}
+        for found in threads.map(lambda _: decode(alone, limits), range(64)):
+            assert_same_block(blocks[0], found.blocks[0])
 
 
 def test_an_independent_reader_understands_the_envelope() -> None:

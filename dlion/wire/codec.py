@@ -13,6 +13,7 @@ finite fields, bounded everything. Whether the kind and its fields mean somethin
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -46,6 +47,17 @@ NOBODY = PeerId("")
 
 SPARSE, ZSTD = 1, 2
 _PAD = (b"", b"\0\0\0", b"\0\0", b"\0")
+
+
+class _Zstd(threading.local):
+    """A context each way for each thread, made once: no two threads may use one at a time."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=1)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
+
+
+_zstd = _Zstd()
 
 
 class Malformed(ValueError):  # noqa: N818 - the name callers read
@@ -143,14 +155,13 @@ def _write_block(block: Block, parts: list[Any]) -> _Header:
 
 def _shrunk(block: Block) -> bytes | None:
     """Scales and codes as one zstd frame, when a probe says that it pays."""
-    compressor = zstandard.ZstdCompressor(level=1)
-    head = block.codes[: PROBE_BYTES // block.codes.itemsize].tobytes()
-    if len(compressor.compress(head)) > SHRUNK_MAX * len(head):
+    compress, codes = _zstd.compressor.compress, block.codes.data
+    head = codes[: PROBE_BYTES // codes.itemsize]
+    if len(compress(head)) > SHRUNK_MAX * head.nbytes:
         return None
-    codes = block.codes.tobytes()
-    plain = codes if block.scales is None else block.scales.tobytes() + codes
-    frame = compressor.compress(plain)
-    return frame if len(frame) < len(plain) else None
+    plain = codes if block.scales is None else memoryview(b"".join((block.scales.data, codes)))
+    frame = compress(plain)
+    return frame if len(frame) < plain.nbytes else None
 
 
 def decode(data: bytes | bytearray | memoryview, limits: Limits, *, hop: PeerId = NOBODY, seq: int = 0) -> Message:
@@ -291,8 +302,7 @@ def _unshrunk(frame: bytes | bytearray | memoryview, nbytes: int) -> bytes:
         declared = zstandard.frame_content_size(frame)
         if declared != nbytes:
             raise Malformed(f"zstd frame declares {declared} bytes where {nbytes} were expected")
-        decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES_MAX)
-        plain = decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
+        plain = _zstd.decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise Malformed(f"zstd: {error}") from None
     if len(plain) != nbytes:
