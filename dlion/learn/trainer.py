@@ -100,6 +100,7 @@ class Trainer:
     def __init__(self, workload: Workload, optimizer: Optimizer, schedule: Schedule, rng_seed: int) -> None:
         self.workload = workload
         self._optimizer = optimizer
+        self._foreseeing = optimizer if isinstance(optimizer, Foreseeing) else None
         self._schedule = schedule
         self._order = Order(workload.train_size, rng_seed)
         self._work: Work | None = None
@@ -109,7 +110,7 @@ class Trainer:
     def divisible(self) -> bool:
         """Can a gradient be taken in parts? Where the loss is a mean over samples, and the optimizer can be asked what
         it would do."""
-        return isinstance(self._optimizer, Foreseeing) and getattr(self.workload, "separable", True)
+        return self._foreseeing is not None and getattr(self.workload, "separable", True)
 
     def step(self, snapshot: Flat, batch: int, global_samples: float) -> StepResult:
         """One step on ``batch`` samples at the rate for ``global_samples``. ``snapshot`` is read only."""
@@ -138,8 +139,8 @@ class Trainer:
             if self._spare is None:
                 self._spare = np.empty_like(snapshot)
             np.multiply(work.gradient, np.float32(size / first), out=self._spare)
-            assert isinstance(self._optimizer, Foreseeing)
-            add_scaled(snapshot, self._optimizer.foresee(self._spare, snapshot, work.rate), reach * first / size)
+            assert self._foreseeing is not None
+            add_scaled(snapshot, self._foreseeing.foresee(self._spare, snapshot, work.rate), reach * first / size)
             found = self._spare
         loss = self.workload.gradient(snapshot, work.indices[first : first + samples], found)
         if not isinstance(loss, (float, SupportsFloat)):
