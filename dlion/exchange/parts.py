@@ -96,6 +96,8 @@ class Parts:
         """Whose lives have ended, as others say, that we never saw; for the caller to look at and to empty."""
         self._lacking = PeerId("")
         """Whose word was missing when a round was last looked at: of very many, most likely still."""
+        self._idle: tuple[int, int] | None = None
+        """In which round, and from which entry on, there was nothing for us to sum; None: look again."""
         self.outbox = Outbox()
 
     def setup(self, ctx: Context) -> None:
@@ -112,7 +114,9 @@ class Parts:
 
     def _keep(self, message: Message) -> None:
         self._known[_key(message)] = message
-        if message.kind == "sum":
+        if message.kind != "sum":
+            self._idle = None
+        else:
             covered = self._summed.setdefault((message.epoch, whose(message)), Counter())
             covered[_of_which(message)] += message.blocks[0].size
 
@@ -150,16 +154,31 @@ class Parts:
             if not here:
                 self._lacking = member.peer
                 return False
-        return self._settled(ctx)
+        return self._settled(ctx) and (flat or self._anchored(number, ctx))
+
+    def _anchored(self, number: int, ctx: Context) -> bool:
+        """Is every anchor here after which a sum of this round was made? In a mesh sums go other ways than anchors."""
+        known = [m for m in self._known.values() if m.epoch == number]
+        anchors = {m.origin for m in known if m.kind == "anchor"}
+        after = {PeerId(str(m.fields["anchor"])) for m in known if m.kind == "sum"}
+        return not anchors or anchors >= after & ctx.members.keys()
 
     def _whole(self, number: int, cloud: str, size: int) -> int | None:
-        """Of which parts of that micro-cloud the whole sum is known: only ever of one choice, for who has all parts
-        makes no sum of fewer."""
+        """Of which parts of that micro-cloud the whole sum is known: of one choice, whoever dies, for who has all parts
+        makes no sum of fewer; who was silent begins a new era when it is back."""
         covered = self._summed.get((number, cloud), Counter())
         return next((of for of, entries in covered.items() if entries >= size), None)
 
     def to_sum(self, number: int, fragment: slice, ctx: Context) -> Sum | None:
         """The parts of our micro-cloud as soon as they are complete, and what of their sum we have to say now."""
+        if self._idle == (number, fragment.start):
+            return None
+        work = self._work(number, fragment, ctx)
+        if work is None or not work.shards:
+            self._idle = number, fragment.start
+        return work
+
+    def _work(self, number: int, fragment: slice, ctx: Context) -> Sum | None:
         size = fragment.stop - fragment.start
         if _flat(ctx) or not sums_up(ctx) or self._whole(number, ctx.cloud, size) is not None:
             return None
@@ -172,7 +191,7 @@ class Parts:
         ends = [fragment.start + i * size // len(makers) for i in range(len(makers) + 1)]
         ours = [slice(*shard) for maker, shard in zip(makers, pairwise(ends), strict=True) if maker == ctx.me]
         key = "sum", number, ctx.cloud, str(which)
-        missing = [s for s in ours if s.start < s.stop and (*key, s.start) not in self._known]
+        missing = [s for s in ours if (s.start < s.stop or not size) and (*key, s.start) not in self._known]
         return Sum(parts, which, makers, missing)
 
     def close(self, number: int, size: int, ctx: Context) -> list[Message]:
@@ -192,6 +211,7 @@ class Parts:
 
     def on_members(self, ctx: Context) -> Iterator[Send]:
         """Reconcile with the other survivors what the dead have said, and bring new neighbours up to date."""
+        self._idle = None
         self.outbox.forget(ctx)
         died = sorted(self._living.keys() - ctx.members.keys())
         back = {p: max(life + 1, ctx.members[p].life) for p, life in self._dead.items() if p in ctx.members}

@@ -74,7 +74,7 @@ class Rounds(Exchange):
     consensus = True
     speaks: ClassVar[Speech] = {
         "part": {"cloud": str, "weight": float},
-        "sum": {"cloud": str, "weight": float, "parts": int},
+        "sum": {"cloud": str, "weight": float, "parts": int, "anchor": str},
         "gone": {"cloud": str, "peer": str},
         "anchor": {"cloud": str},
     }
@@ -105,7 +105,7 @@ class Rounds(Exchange):
         """... as long as their shards are these peers'."""
         self._met: set[PeerId] = set()
         self._missed: set[PeerId] = set()
-        """Whom we knew and closed a round without."""
+        """Whom we knew and made a sum, or closed a round, without."""
         self._anchor_of = ""
         """Who said the anchor of this era first."""
         self._parts = Parts()
@@ -233,13 +233,17 @@ class Rounds(Exchange):
     def _sum_up(self, ctx: Context) -> Iterator[Action]:
         """Say our shards of the sum of our micro-cloud's parts, as soon as those are complete."""
         work = self._parts.to_sum(self.round, self.fragment(ctx), ctx)
-        if work is None or not work.shards:
+        if work is None:
             return
         if work.makers != self._makers:
             self._makers, self._left = work.makers, None
+        if not work.shards:
+            return
+        self._missed |= self._met - set(ctx.members)  # their parts do not count, or their shards are said for them
         mean, weight = _mean(work.parts, ctx.layout.size)
         coverage = tuple(span for part in work.parts for span in part.coverage)
-        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight, "parts": work.which}
+        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
+        fields |= {"parts": work.which, "anchor": self._anchor_of}
         for shard in work.shards:
             block = self._shard(work.parts, mean, shard)
             message = Message("sum", ctx.step, self.round, fields, (block,), coverage, origin=ctx.me)
