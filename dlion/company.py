@@ -160,6 +160,11 @@ class Company:
                 view.rate_bps, view.rtt_s = connection.rate_bps, connection.rtt_s
                 view.writable_bytes = connection.writable_bytes
 
+    def want_room(self) -> None:
+        """Wherever the strategy saw a link as full, if by what it said itself, it is told when that can take more."""
+        for connection in (c for c, view in self._views if view.writable_bytes <= 0):
+            connection.want_room()
+
     # -- speaking -----------------------------------------------------------------------------------------------
 
     def say(self, to: tuple[PeerId, ...], body: bytes, message: Message, budgets: tuple[int, ...] = ()) -> None:

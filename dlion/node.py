@@ -309,6 +309,7 @@ class Node:
         company.owes, company.lags = outcome.owes, outcome.lags
         for spoken in outcome.sends:
             company.say(*spoken)
+        company.want_room()
         for timer in outcome.timers:
             if (old := self._timers.pop(timer.key, None)) is not None:
                 old.cancel()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import ClassVar
+
 import numpy as np
 import pytest
-from node_runs import Talk, net, outages, run
+from node_runs import Softmax, Talk, net, outages, run
 
-from dlion.exchange.base import Exchange
+from dlion.blocks import dense
+from dlion.exchange.base import Action, Context, Exchange, LinkView, Send, Speech, Update
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
-from dlion.messages import PeerId
+from dlion.messages import Message, PeerId
 from dlion.simulation import Birth, Death
 from dlion.tensors import disagreement
 
@@ -80,3 +84,41 @@ def test_peers_tick_out_of_step_by_seed_and_name() -> None:
     for peer in ("a1", "b3"):
         assert few[peer][0] % 1.0 == pytest.approx(phases[peer], abs=0.03), "a peer's own, whoever else is there"
         assert abs(other[peer][0] % 1.0 - phases[peer]) > 0.04
+
+
+class Waits(Exchange):
+    """Says all that its link takes, twice, and would say more as soon as that can."""
+
+    name = "waits"
+    speaks: ClassVar[Speech] = {"push": {}}
+
+    def __init__(self) -> None:
+        self.told_s = 0.0
+        self.said_s = 0.0
+
+    def after_step(self, update: Update, ctx: Context) -> Iterable[Action]:
+        if update.step > 1:
+            return
+        for link in ctx.links.values():
+            share = 0.6 if update.step == 0 else 1.0
+            entries = min(ctx.layout.size, int(share * link.writable_bytes / 4) + 1)
+            yield Send((link.peer,), Message("push", update.step, blocks=(dense(update.values[:entries]),)))
+            if update.step == 1:
+                assert link.writable_bytes == 0
+                self.said_s = ctx.now
+
+    def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
+        if self.said_s and not self.told_s:
+            self.told_s = ctx.now
+        return ()
+
+
+def test_who_saw_a_full_link_is_told_that_it_is_not() -> None:
+    """The lane looks at the link, and takes 0.3 s for a hook in which it says all that the link takes by that look. But
+    what was under way then has arrived meanwhile, so the link was never full in truth."""
+    settings = {"exchange_s_per_item": 0.3}
+    topology = net("a1 | b1", mbps=20.0, delay_s=0.06, speeds={"a1": 160.0, "b1": 160.0})
+    ran = run(topology, Waits, until_s=4.0, settings=settings, workload=lambda peer: Softmax(peer, features=40_000))
+    for node in ran.nodes.values():
+        assert isinstance(node.exchange, Waits)
+        assert 0.0 < node.exchange.said_s < node.exchange.told_s < node.exchange.said_s + 1.0

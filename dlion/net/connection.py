@@ -201,6 +201,14 @@ class Connection:
             self._full = False
             self._on_writable()
 
+    def want_room(self) -> None:
+        """The owner saw no room here and has more to say: ``on_writable`` as soon as there is some, be it at once, for
+        acknowledgements may have come since it looked."""
+        if not self._full and self._ear is not None:
+            self.moved = True
+            self._full, self._full_since = True, self._loop.time()
+            self._pump_soon()
+
     def _arm_ack(self, now: float) -> None:
         at, timer = self.session.ack_at, self._ack_timer
         if at != NEVER and (timer is None or at < self._ack_timer_at):
