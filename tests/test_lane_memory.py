@@ -65,6 +65,7 @@ class Noise:
 
 class Everybody:
     mesh = True
+    clouds = 4
     name = ""
 
     def __init__(self, peers: tuple[PeerId, ...]) -> None:

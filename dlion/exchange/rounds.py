@@ -240,24 +240,23 @@ class Rounds(Exchange):
         if not work.shards:
             return
         self._missed |= self._met - set(ctx.members)  # their parts do not count, or their shards are said for them
-        mean, weight = _mean(work.parts, ctx.layout.size)
+        lone = len(work.parts) == 1 and self._left is None
+        mean = None if lone else _mean(work.parts, ctx.layout.size)
         coverage = tuple(span for part in work.parts for span in part.coverage)
-        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": weight}
+        fields: dict[str, Scalar] = {"cloud": ctx.cloud, "weight": _weight(work.parts)}
         fields |= {"parts": work.which, "anchor": self._anchor_of}
         for shard in work.shards:
-            block = self._shard(work.parts, mean, shard)
+            block = work.parts[0].blocks[0] if mean is None else self._shard(mean, shard, len(work.parts))
             message = Message("sum", ctx.step, self.round, fields, (block,), coverage, origin=ctx.me)
             yield from self._parts.say(message, ctx)
 
-    def _shard(self, parts: list[Message], mean: Flat, shard: slice) -> Block:
-        """The ``mean`` of ``parts`` there, in the form in which it is said; what that leaves out is kept."""
-        if len(parts) == 1 and self._left is None:
-            return parts[0].blocks[0]
+    def _shard(self, mean: Flat, shard: slice, parts: int) -> Block:
+        """The ``mean`` of so many parts there, in the form in which it is said; what that leaves out is kept."""
         if self._left is None:
             self._left = np.zeros_like(mean)
         left = self._left[shard]
         left += mean[shard]
-        block = exact(left, start=shard.start) if self._draining else self.sum(left, shard.start, len(parts))
+        block = exact(left, start=shard.start) if self._draining else self.sum(left, shard.start, parts)
         block.add_to(self._left, -1.0)
         if not self._left.any():
             self._left = None
@@ -273,7 +272,7 @@ class Rounds(Exchange):
         if not self._parts.complete(self.round, size, ctx):
             return
         self._missed |= self._met - set(ctx.members)
-        mean, _ = _mean(self._parts.close(self.round, size, ctx), ctx.layout.size)
+        mean = _mean(self._parts.close(self.round, size, ctx), ctx.layout.size)
         step = self.outer.step(mean[fragment], fragment.start, ctx.layout.size)
         self._anchor[fragment] += step
         given, self._given = self._given, None
@@ -370,10 +369,15 @@ class Rounds(Exchange):
         self._parts.restore(state["parts"])
 
 
-def _mean(messages: list[Message], size: int) -> tuple[Flat, float]:
-    """The weighted mean of what they say, over the whole model, summed in their order; and their weight together."""
-    total = sum({whose(m): float(m.fields["weight"]) for m in messages}.values())
+def _weight(messages: list[Message]) -> float:
+    """Of them together; a micro-cloud's shards weigh as one."""
+    return sum({whose(m): float(m.fields["weight"]) for m in messages}.values())
+
+
+def _mean(messages: list[Message], size: int) -> Flat:
+    """The weighted mean of what they say, over the whole model, summed in their order."""
+    total = _weight(messages) or 1.0
     mean = np.zeros(size, dtype=np.float32)
     for message in messages:
-        message.blocks[0].add_to(mean, float(message.fields["weight"]) / (total or 1.0))
-    return mean, total
+        message.blocks[0].add_to(mean, float(message.fields["weight"]) / total)
+    return mean
