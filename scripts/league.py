@@ -329,6 +329,33 @@ def one(data: Path, spec: str) -> None:
 
 
 @league.command()
+def halving() -> None:
+    """What successive halving would have chosen of the rates tried, by the curves of the tuning runs."""
+    runs: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for row in rows():
+        if (spec := row["spec"])["seed"] == TUNE_SEED and not row["failed"]:
+            runs.setdefault(spec["strategy"], {}).setdefault(spec["rate"], []).append(row)
+
+    def score(rate_rows: list[dict[str, Any]], until_s: float) -> float:
+        """As ``tuned``, had the run ended there."""
+        ends = [np.searchsorted(row["times"], until_s, side="right") for row in rate_rows]
+        return sum(float(np.mean(r["mean"][end // 2 : end])) for r, end in zip(rate_rows, ends, strict=True))
+
+    chosen, spent_s, whole_s = tuned(), 0.0, 0.0
+    for strategy, by_rate in sorted(runs.items()):
+        left = [rate for rate, of in by_rate.items() if len(of) == len(TUNE_SCENARIOS)]
+        whole_s += len(left) * TUNE_S
+        until_s, ran_s = TUNE_S / 4, 0.0
+        while len(left) > 1:
+            spent_s += len(left) * (until_s - ran_s)
+            left = sorted(left, key=lambda rate: -score(by_rate[rate], until_s))[: (len(left) + 1) // 2]
+            until_s, ran_s = min(2 * until_s, TUNE_S), until_s
+        lost = score(by_rate[chosen[strategy]], np.inf) - score(by_rate[left[0]], np.inf)
+        click.echo(f"{strategy:16} all: {chosen[strategy]:<5} halved: {left[0]:<5} {50 * lost:5.2f} points worse")
+    click.echo(f"{spent_s / whole_s:.2f} of the virtual seconds")
+
+
+@league.command()
 def page() -> None:
     """Write docs/league.md and its pictures from the results."""
     about, rates = {name: scenario.about for name, scenario in SCENARIOS.items()}, tuned()
