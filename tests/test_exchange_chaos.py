@@ -158,6 +158,12 @@ def test_a_part_that_is_lost_does_not_count_though_the_dead_had_summed_it() -> N
     hold("local-sgd", World("a1 a2 a3 | b1 b2", "mesh", 0.2, 0.1, speeds, out, deaths, 0))
 
 
+def test_nobody_waits_for_what_another_knows() -> None:
+    """a1 knows how far a2 is, b3 how far b1 and b2 are; each waits for the other's, and has no weights to say."""
+    speeds = {"a1": 80.0, "a2": 80.0, "b1": 32.0, "b2": 32.0, "b3": 80.0}
+    hold("hop", World("a1 a2 | b1 b2 b3", "bridges", 0.2, 0.001, speeds, {("a1", "a2"): (2.0, 3.1)}, (), 0))
+
+
 def test_what_a_silent_partner_had_said_still_counts_when_it_is_back() -> None:
     """a2 has said its part of the round, is silent for a moment, and does not say it again."""
     hold("noloco", World("a1 a2", "mesh", 0.2, 0.1, {"a1": 8.0, "a2": 32.0}, {("a1", "a2"): (2.0, 2.1)}, (), 0))

@@ -8,8 +8,10 @@ renews its weights with theirs of a later iteration, adds its own step, and goes
 
 Differences from the paper. When a link has been full only the newest weights are said; a neighbour that misses x_k for
 that reason takes the next one that comes. Coverage tells whose iterations have come through to a peer, however far
-away, so that the pace sees everybody; skipped ones count as done. Defaults backup 1, s 5, at most 10 iterations skipped
-at a time as in the paper's experiments, as far as remembered; that two behind is far behind is our choice.
+away, so that the pace sees everybody; skipped ones count as done. Where not everybody talks to everybody, who has said
+nothing for a while says that alone, or all might wait for what another knows. Defaults backup 1, s 5, at most 10
+iterations skipped at a time as in the paper's experiments, as far as remembered; that two behind is far behind is our
+choice.
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import Block, dense
-from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Update
-from dlion.messages import Message, PeerId, Span
+from dlion.exchange.base import Action, Add, Context, Exchange, LinkView, Send, Speech, Timer, Update
+from dlion.messages import Message, PeerId, Span, Stream
 from dlion.tensors import Flat
+
+NEWS_STEPS, FIRST_STEP_S = 2.0, 1.0
+"""Who has said nothing for so many of its steps says what it knows of others; what a step takes until that is known."""
 
 
 class Hop(Exchange):
@@ -32,8 +37,8 @@ class Hop(Exchange):
     pace = "bounded"
     paces = ("bounded", "free", "backup")
     newcomers = True
-    speaks: ClassVar[Speech] = {"weights": {}}
-    blocks: ClassVar[Mapping[str, int]] = {"weights": 1}
+    speaks: ClassVar[Speech] = {"weights": {}, "news": {}}
+    blocks: ClassVar[Mapping[str, int]] = {"weights": 1, "news": 0}
 
     def __init__(self, *, backup: int = 1, staleness: int = 5, skip: int = 10) -> None:
         if min(backup, staleness, skip) < 0:
@@ -47,6 +52,10 @@ class Hop(Exchange):
         """Weights heard of each neighbour, by iteration; those too old to count are dropped."""
         self._last: dict[PeerId, int] = {}
         self._unsaid: set[PeerId] = set()
+        self._told: tuple[Span, ...] = ()
+        """What we said last of whose iterations have come through, and when; is a time set to look again?"""
+        self._said_s = 0.0
+        self._timed = False
 
     def setup(self, ctx: Context) -> None:
         self._mine = dense(ctx.weights)
@@ -61,11 +70,32 @@ class Hop(Exchange):
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         for peer, _, last in message.coverage:
             self._last[peer] = max(last, self._last.get(peer, -1))
-        self._queue.setdefault(origin, {0: self._start})[message.epoch] = message.blocks[0]
-        return self._reduce(ctx)
+        if message.kind == "weights":
+            self._queue.setdefault(origin, {0: self._start})[message.epoch] = message.blocks[0]
+            yield from self._reduce(ctx)
+        if not ctx.routes.mesh and not self._timed:
+            yield self._news_at(ctx.now, ctx)
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
         return self._say([link.peer] if link.peer in self._unsaid else [], ctx)
+
+    def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:
+        """Say what we know of others, if that is new and we have said nothing for a while."""
+        self._timed = False
+        if self._heard == self._told or not ctx.links:
+            return
+        if ctx.now < self._said_s + self._patience_s(ctx):
+            yield self._news_at(self._said_s, ctx)
+            return
+        self._told = self._heard
+        yield Send(tuple(ctx.links), Message("news", ctx.step, self._next, coverage=self._told, stream=Stream.CONTROL))
+
+    def _news_at(self, since_s: float, ctx: Context) -> Timer:
+        self._timed = True
+        return Timer(since_s + self._patience_s(ctx), "news")
+
+    def _patience_s(self, ctx: Context) -> float:
+        return NEWS_STEPS * (ctx.step_s or FIRST_STEP_S)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
         self._queue = {peer: queue for peer, queue in self._queue.items() if peer in ctx.links}
@@ -124,8 +154,13 @@ class Hop(Exchange):
         to = tuple(p for p in peers if ctx.links[p].writable_bytes > 0)
         if to:
             self._unsaid -= set(to)
-            coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()))
-            yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=coverage))
+            self._told, self._said_s = self._heard, ctx.now
+            yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=self._told))
+
+    @property
+    def _heard(self) -> tuple[Span, ...]:
+        """Whose iterations have come through to us, and to which."""
+        return tuple(Span(p, last, last) for p, last in sorted(self._last.items()))
 
     # -- newcomers -----------------------------------------------------------------------------------------------
 
@@ -155,7 +190,8 @@ class Hop(Exchange):
 
     def state(self) -> dict[str, Any]:
         queues = {peer: dict(queue) for peer, queue in self._queue.items()}
-        told = {"last": dict(self._last), "unsaid": set(self._unsaid)}
+        told: dict[str, Any] = {"last": dict(self._last), "unsaid": set(self._unsaid)}
+        told |= {"told": [tuple(span) for span in self._told], "said_s": self._said_s, "timed": self._timed}
         blocks = {"start": self._start, "mine": self._mine, "queues": queues}
         return {"next": self._next, "skipped": self._skipped, "stepped": self._stepped, **blocks, **told}
 
@@ -163,4 +199,6 @@ class Hop(Exchange):
         self._next, self._skipped, self._stepped = int(state["next"]), int(state["skipped"]), bool(state["stepped"])
         self._start, self._mine = state["start"], state["mine"]
         self._last, self._unsaid = dict(state["last"]), set(state["unsaid"])
+        self._told = tuple(Span(*span) for span in state["told"])
+        self._said_s, self._timed = float(state["said_s"]), bool(state["timed"])
         self._queue = {PeerId(peer): dict(queue) for peer, queue in state["queues"].items()}
