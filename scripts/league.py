@@ -342,7 +342,8 @@ def halving() -> None:
         return sum(float(np.mean(r["mean"][end // 2 : end])) for r, end in zip(rate_rows, ends, strict=True))
 
     chosen, spent_s, whole_s = tuned(), 0.0, 0.0
-    for strategy, by_rate in sorted(runs.items()):
+    for strategy in sorted(chosen):
+        by_rate = runs[strategy]
         left = [rate for rate, of in by_rate.items() if len(of) == len(TUNE_SCENARIOS)]
         whole_s += len(left) * TUNE_S
         until_s, ran_s = TUNE_S / 4, 0.0

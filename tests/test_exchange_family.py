@@ -369,3 +369,19 @@ def test_rounds_survive_deaths_with_one_common_model(name: str, talk: str) -> No
         bench.run(65, learn)
         bench.drain()
         assert bench.disagreement < 1e-6, seed
+
+
+def test_hop_tells_the_others_what_it_told_one_whose_link_was_full() -> None:
+    """b0 hears how far a1 is, though a0 has said it to a1 alone since it heard it, and has no weights to say."""
+    bench = Bench(find("hop"), {"a0": "A", "a1": "A", "b0": "B"}, talk="bridges")
+    bench.windows["a0", "a1"] = 0
+    for peer in ("b0", "a0", "a1", "a1"):
+        bench.step(peer, learn)
+    bench.deliver_all()
+    bench.open("a0", "a1")
+    bench.deliver_all()
+    assert bench.fire()
+    while bench.fire():
+        bench.deliver_all()
+    assert any(line.startswith("a0 -> ") and "b0" in line and " news " in line for line in bench.transcript)
+    assert bench.seats[PeerId("b0")].replica.applied["a1"] == 1

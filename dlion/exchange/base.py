@@ -220,7 +220,8 @@ class Exchange:
         return ()
 
     def on_writable(self, link: LinkView, ctx: Context) -> Iterable[Action]:
-        """The link had been full and can take more now. Links that are not full are yours to use in any hook."""
+        """The link had been full, or a hook had said all that it took, and it can take more now. Links that are not
+        full are yours to use in any hook."""
         return ()
 
     def on_timer(self, key: str, ctx: Context) -> Iterable[Action]:

@@ -53,9 +53,11 @@ class Hop(Exchange):
         self._last: dict[PeerId, int] = {}
         self._unsaid: set[PeerId] = set()
         self._told: tuple[Span, ...] = ()
-        """What we said last of whose iterations have come through, and when; is a time set to look again?"""
+        """What we told all neighbours last of whose iterations have come through, ..."""
         self._said_s = 0.0
+        """... and when."""
         self._timed = False
+        """Is a time set to look whether there is more to tell?"""
 
     def setup(self, ctx: Context) -> None:
         self._mine = dense(ctx.weights)
@@ -154,8 +156,10 @@ class Hop(Exchange):
         to = tuple(p for p in peers if ctx.links[p].writable_bytes > 0)
         if to:
             self._unsaid -= set(to)
-            self._told, self._said_s = self._heard, ctx.now
-            yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=self._told))
+            heard = self._heard
+            if len(to) == len(ctx.links):
+                self._told, self._said_s = heard, ctx.now
+            yield Send(to, Message("weights", ctx.step, self._next, blocks=(self._mine,), coverage=heard))
 
     @property
     def _heard(self) -> tuple[Span, ...]:

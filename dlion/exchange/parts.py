@@ -130,13 +130,7 @@ class Parts:
         if message.kind == "gone" and dead not in self._living and self._dead.get(dead, -1) < life:
             self.unseen.add(dead)  # it ended before we came, or before we met it: we hold nothing of it
             yield from self._say_gone(dead, life, ctx)
-        onward = ctx.routes.onward(message.hop, str(message.fields["cloud"]))
-        if message.kind == "sum" and ctx.routes.mesh and message.fields["cloud"] != ctx.cloud:
-            from_mate = message.hop in ctx.members and ctx.members[message.hop].cloud == ctx.cloud
-            onward = () if from_mate else tuple(p for p in _mates(ctx) if p != ctx.me)
-        if message.origin not in ctx.members:
-            onward = tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)
-        yield from self.outbox.say(_reach(message, onward, ctx), message, ctx)
+        yield from self.outbox.say(_reach(message, _onward(message, ctx), ctx), message, ctx)
 
     def begun(self, number: int) -> bool:
         """Has anybody said anything of this round?"""
@@ -185,7 +179,7 @@ class Parts:
         if not all(("part", number, peer, "", 0) in self._known for peer in _mates(ctx)) or not self._settled(ctx):
             return None
         parts = [part for part in self._of("part", number) if part.fields["cloud"] == ctx.cloud]
-        which, makers = crc32(" ".join(part.origin for part in parts).encode()), [spokesman(ctx)]
+        which, makers = crc32(" ".join(part.origin for part in parts).encode()), [_spokesman(ctx)]
         if ctx.routes.mesh:
             makers = [part.origin if part.origin in ctx.members else makers[0] for part in parts]
         ends = [fragment.start + i * size // len(makers) for i in range(len(makers) + 1)]
@@ -268,10 +262,10 @@ def whose(message: Message) -> str:
 
 def sums_up(ctx: Context) -> bool:
     """Do we make sums of our micro-cloud, or shards of them?"""
-    return ctx.routes.mesh or ctx.me == spokesman(ctx)
+    return ctx.routes.mesh or ctx.me == _spokesman(ctx)
 
 
-def spokesman(ctx: Context) -> PeerId:
+def _spokesman(ctx: Context) -> PeerId:
     """Who says the sums of our micro-cloud."""
     return min(_mates(ctx))
 
@@ -295,6 +289,16 @@ def _reach(message: Message, peers: Iterable[PeerId], ctx: Context) -> tuple[Pee
     """Those of ``peers`` whom it concerns: a part, where there are sums, mates only."""
     mates_only = message.kind == "part" and not _flat(ctx)
     return tuple(p for p in peers if not mates_only or (p in ctx.links and ctx.links[p].cloud == ctx.cloud))
+
+
+def _onward(message: Message, ctx: Context) -> tuple[PeerId, ...]:
+    """Who may have to hear from us what we have heard: of the dead everybody, of a mesh's sum from beyond our mates."""
+    if message.origin not in ctx.members:
+        return tuple(p for p in ctx.routes.onward(None, ctx.cloud) if p != message.hop)
+    mates = _mates(ctx)
+    if message.kind == "sum" and ctx.routes.mesh and message.fields["cloud"] != ctx.cloud and message.hop not in mates:
+        return tuple(p for p in mates if p != ctx.me)
+    return ctx.routes.onward(message.hop, str(message.fields["cloud"]))
 
 
 def _one_beyond(peers: Iterable[PeerId], ctx: Context) -> tuple[PeerId, ...]:
