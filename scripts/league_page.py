@@ -263,9 +263,6 @@ def write(
     text.append(f"## Learning rates tried\n\n{rates_text(rows, chosen, tune_seed)}\n")
     text.append("## Every run\n\n| hash of all logs | commit | spec |\n| --- | --- | --- |")
     text += [f"| `{r['log_sha256'][:16]}` | {r['commit']} | `{json.dumps(r['spec'], sort_keys=True)}` |" for r in rows]
-    hours = sum(row["wall_s"] for row in rows) / 3600
-    text.append(
-        f"\n{len(rows)} runs of one core each, {hours:.1f} hours of wall time on a shared machine, tuning included;"
-        " rows that newer ones took the place of are not counted.\n"
-    )
+    hours = sum(row["cpu_s"] for row in rows) / 3600
+    text.append(f"\n{len(rows)} runs of one core each, {hours:.1f} core-hours (processor time), tuning included.\n")
     (out.parent / "league.md").write_text("\n".join(text), encoding="utf-8")

@@ -27,7 +27,7 @@ def row(strategy: str, seed: int, arrives_s: float, *, scenario: str = "hetero-s
         "spec": {**spec, "rate": league.rate_of(strategy, scenario, RATES), "workload": "fashion-mnist"},
         **{"times": times, "mean": mean, "wan_bytes": [1e6 * t for t in times], "replica": [], "first": mean},
         **{"full_mean": 0.9, "full_worst": 0.9, "full_of_mean": 0.9, "stalled": 0.0, "disagreement": 1e-7},
-        **{"wall_s": 1.0, "parameters": 1, "log_sha256": "0" * 64, "commit": "abc", "failed": ""},
+        **{"cpu_s": 1.0, "parameters": 1, "log_sha256": "0" * 64, "commit": "abc", "failed": ""},
     }
 
 
