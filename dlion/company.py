@@ -29,6 +29,7 @@ from dlion.net.connection import Connection
 from dlion.net.link import Dialer
 from dlion.net.session import SessionLimits
 from dlion.newcomers import NEWCOMER_KINDS
+from dlion.patience import STILL_FIELDS, Patience
 from dlion.porch import LATE_S, Porch
 from dlion.seams import NodeSettings
 from dlion.startline import StartLine
@@ -39,6 +40,7 @@ NODE_KINDS: Kinds = {
     "~status": STATUS_FIELDS,
     "~done": DONE_FIELDS,
     "~bye": BYE_FIELDS,
+    "~still": STILL_FIELDS,
     "~refused": {"reason": str},
     MARK: MARK_FIELDS,
     **NEWCOMER_KINDS,
@@ -78,14 +80,13 @@ class Company:
         self.neighbours.ways = self.membership.ways_to
         self.farewell = Farewell(self.membership, self.neighbours.connections, self.tell)
         self.last_view = LastView(self.membership, self.farewell)
+        self.patience = Patience(self.membership, self.neighbours.connections, self.tell, settings.drain_s)
         self.owes = False
         """The strategy owes something that last words must not overtake."""
         self.lags = False
         """It owes what goes by an older plan than ours, or may."""
-        self._me = identity.peer
-        self._topology = topology
-        self._settings = settings
-        self._journal = journal
+        self._me, self._topology = identity.peer, topology
+        self._settings, self._journal = settings, journal
         self._refusals: dict[PeerId, int] = {}
         self._begun = False
         self._early: list[Heard] = []
@@ -105,7 +106,7 @@ class Company:
             self.farewell,
             self.tell,
             self._turn,
-            self._hand_over,
+            lambda item: self._put(item),  # noqa: PLW0108 - it comes with start
             afresh=self._early.clear,
         )
         self.start_line = StartLine(
@@ -125,9 +126,6 @@ class Company:
         self._put, self._wake = put, wake
         self.neighbours.start(spawn)
 
-    def _hand_over(self, item: Item) -> None:
-        self._put(item)
-
     def begin(self, end: float | None) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
         ``end``: when it will be over, loop time, if that is known."""
@@ -145,6 +143,7 @@ class Company:
         for timer in (self._aging, self._carrying, self._parting):
             if timer is not None:
                 timer.cancel()
+        self.patience.close()
         self.neighbours.close()
 
     def show(self, ctx: Context, lane_s: float) -> None:
@@ -215,10 +214,8 @@ class Company:
         self.farewell.pass_on(True)
         self.farewell.answer(self.lags)
 
-    async def take_leave(self, leaving: bool, patience: asyncio.Timeout, occupied: Callable[[], bool]) -> None:
-        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view. A
-        whole model has ``patience`` of its own."""
-
+    async def take_leave(self, leaving: bool, occupied: Callable[[], bool]) -> None:
+        """Say a last word, wait until it was heard (and, when all finish, until all said so), agree on a last view."""
         roster, loop = self.membership.roster, asyncio.get_running_loop()
         redialled_s = 0.0 if leaving or self._topology.talk == "mesh" else self._settings.lost_after_s
 
@@ -228,7 +225,7 @@ class Company:
         self.farewell.say(leaving)
         await until(done)
         if not leaving:
-            patience.reschedule(loop.time() + self._settings.drain_s)
+            self.patience.renew()
             await self.last_view.agree(self._put, done)
 
     def all_said(self, leaving: bool) -> bool:
@@ -318,6 +315,8 @@ class Company:
                     self._parting = asyncio.get_running_loop().call_later(TOGETHER_S, self._pass_on_together)
             case "~bye":
                 self.farewell.bye(message)
+            case "~still":
+                self.patience.hear(message)
             case "~final":
                 if why := self.last_view.hear(message):
                     self.refuse(message.hop, why)

@@ -159,10 +159,13 @@ class Node:
         await asyncio.wait([self._life])
 
     def stop(self, reason: str, *, leaving: bool = True) -> None:
-        """End training after the step under way, then drain. ``leaving``: only we go; else everybody finishes now."""
+        """End training after the step under way, then drain. ``leaving``: only we go; else everybody finishes now, and
+        who is then told to leave as well hurries."""
         if not self._stopping:
             self._stopping, self._leaving = reason, leaving
             self._changed.set()
+        elif leaving:
+            self.company.patience.hurry()
 
     @property
     def ended(self) -> str:
@@ -375,12 +378,12 @@ class Node:
         self.company.rest()
         self._put(DrainNow())
         try:
-            async with asyncio.timeout(self.settings.drain_s) as patience:
+            async with self.company.patience.while_moving(self._leaving):
                 await self._settle()
                 while self._outcome.owes or (self.company.farewell.parting and not self._leaving):
                     await self._change()
                 await self.company.take_leave(
-                    self._leaving, patience, lambda: self._outcome.owes or bool(self._inbox) or self._busy
+                    self._leaving, lambda: self._outcome.owes or bool(self._inbox) or self._busy
                 )
         except TimeoutError:
             self._stopping += self.company.last_view.lack or " (drain cut short)"

@@ -41,6 +41,7 @@ class NodeSettings:
     begin_at_s: float = 0.0
     """Training does not begin before that, by the loop's clock: as in a run that is played again."""
     drain_s: float = 20.0
+    """How long a drain goes on though no update moves, and 30 times that at most; of who leaves the others, in all."""
     refusals_max: int = 16
     """Inadmissible messages from one peer before it is quarantined."""
     unacked_bytes_max: int = 64 << 20

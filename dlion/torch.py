@@ -66,9 +66,11 @@ class Options:
     samples: int | None = None
     """Training samples of all peers together: with it the global batch grows as the job says."""
     together: bool = True
-    """Leaving waits (at most ``drain_s``) until the other peers leave too, and all end with the same weights, where
-    the exchange promises that. False: say goodbye and go; the others carry on."""
+    """Leaving waits until the other peers leave too, and all end with the same weights, where the exchange promises
+    that. False: say goodbye and go; the others carry on."""
     drain_s: float | None = None
+    """How long leaving goes on though nothing moves (30 times that at most), and with ``together=False`` in all; None:
+    as the job says."""
     start_wait_s: float | None = None
     """How long to wait for all neighbours before training starts without the missing; None: a minute."""
     keeps: Mapping[str, Keepable] = field(default_factory=dict)

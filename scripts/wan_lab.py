@@ -50,6 +50,7 @@ from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
 from dlion.observe.summary import Summary
+from dlion.patience import DRAINS_MAX
 from dlion.simulation import Death
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -204,7 +205,7 @@ class Lab:
         router = Router(self.plan.topology, addresses, devices, self.queue_s)
         self.start()
         job = self.plan.job
-        limit = time.monotonic() + START_S + job.job.until_s + job.node.drain_s + GRACE_S
+        limit = time.monotonic() + START_S + job.job.until_s + DRAINS_MAX * job.node.drain_s + GRACE_S
         deaths, begins = list(self.deaths), list(self.begins)
 
         def done() -> bool:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -67,6 +68,32 @@ def test_published_claims_stand_beside_rivals_with_their_own_batches(tmp_path: P
     text = page(tmp_path, [row(name, 0, at, scenario="paper-hetero-system") for name, at in played.items()])
     assert "| hetero-system | dlion | – | – | – | 1.50x" in text
     assert "| hetero-system | pride | – | – | – | 2.25x" in text
+
+
+def test_halving_drops_early_what_is_slow_at_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of `slow`'s rates the best in the end is the worst at first; of `steady`'s the same one is best throughout."""
+    times = np.arange(0.0, 41.0, 5.0)
+    curves = {
+        "slow": {0.02: 0.02 * times, 0.05: np.minimum(0.4, 0.1 * times), 0.1: np.minimum(0.3, 0.05 * times)},
+        "steady": {0.02: 0.01 * times, 0.05: 0.02 * times, 0.1: 0.005 * times},
+    }
+    tuned = [
+        {
+            "spec": {"strategy": strategy, "scenario": scenario, "seed": league.TUNE_SEED, "rate": rate},
+            **{"times": times.tolist(), "mean": curve.tolist(), "failed": ""},
+        }
+        for strategy, by_rate in curves.items()
+        for rate, curve in by_rate.items()
+        for scenario in league.TUNE_SCENARIOS
+    ]
+    monkeypatch.setattr(league, "rows", lambda: tuned)
+    slow, steady, share = CliRunner().invoke(league.league, ["halving"]).output.splitlines()
+    slow, steady = (" ".join(line.split()) for line in (slow, steady))
+    assert slow == "slow all: 0.02 halved: 0.05 20.00 points worse"  # 0.6 in the mean of the late half, not 0.4
+    assert steady == "steady all: 0.05 halved: 0.05 0.00 points worse"
+    assert share == "0.42 of the virtual seconds"  # 3 times 10 s and 2 times 10 more, of 3 times 40
 
 
 def test_a_strangers_strategy_must_be_tuned_first_and_the_error_says_how(tmp_path: Path) -> None:

@@ -129,6 +129,8 @@ class NodeTable(Table, frozen=True):
     dial_backoff_min_s: PositiveSeconds = 0.1
     dial_backoff_max_s: PositiveSeconds = 5.0
     drain_s: Seconds = 20.0
+    """How long a peer that ends with the others waits where nothing moves, and 30 times that at most; that of one that
+    leaves them, in all."""
     queue_s: PositiveSeconds = 0.1
     """Seconds of a link's rate that may be in flight beyond its shortest round trip."""
     unacked_bytes_max: Bytes = 64 << 20

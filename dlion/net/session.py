@@ -354,6 +354,11 @@ class Session:
         return sum(out.acked for out in self._out)
 
     @property
+    def moved_bytes(self) -> int:
+        """Bytes of updates and bulk that arrived for certain, in both directions."""
+        return sum(out.acked for out in self._out[1:]) + sum(stream.cursor for stream in self._reader.streams[1:])
+
+    @property
     def idle(self) -> bool:
         """Everything sent has been acknowledged."""
         control, update, bulk = self._out
