@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from itertools import chain
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 from dlion.cut import MARK, MARK_FIELDS
 from dlion.exchange.base import Context, LinkView
 from dlion.farewell import BYE_FIELDS, DONE_FIELDS, Farewell
+from dlion.gossip import Gossip
 from dlion.identity import Identity
 from dlion.items import Heard, Item, MembersChanged, Writable
 from dlion.journal import Journal
 from dlion.lastview import FINAL_KINDS, LastView, until
 from dlion.membership import Membership
-from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State, news_texts, records_of
+from dlion.mesh.roster import STATUS_FIELDS, Change, Record, State
 from dlion.mesh.topology import Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.neighbours import Neighbours
@@ -52,10 +53,6 @@ EXPECTED = ("presumed", "finished")
 """Why somebody's state changed that is not worth a line of the log, unless it is a neighbour."""
 TOGETHER_S = 0.02
 """Last words of those who stay wait so long for others to be passed on with."""
-CARRY_SHARE = 0.1
-"""News of others waits for more of its kind this share of a beat at each hop, ..."""
-CARRIED_BEATS_MAX = 20
-"""... however rare beats are no longer than this many ``status_every_s``; that somebody is silent, of one."""
 
 
 class Company:
@@ -85,29 +82,36 @@ class Company:
         """The strategy owes something that last words must not overtake."""
         self.lags = False
         """It owes what goes by an older plan than ours, or may."""
-        self._me, self._topology = identity.peer, topology
-        self._settings, self._journal = settings, journal
+        self._me = identity.peer
+        self._topology = topology
+        self._settings = settings
+        self._journal = journal
         self._refusals: dict[PeerId, int] = {}
         self._begun = False
         self._early: list[Heard] = []
         self._aging: asyncio.TimerHandle | None = None
-        self._carrying: asyncio.TimerHandle | None = None
-        self._carry_at = 0.0
         self._parting: asyncio.TimerHandle | None = None
         self._views: list[tuple[Connection, LinkView]] = []
         """The links that the strategy sees."""
         self._seen = -1
         """Version of the roster that the lane was last told of."""
-        self._spread = -1
-        """All news up to this one are told to all neighbours."""
         self.porch = Porch(
             self.membership,
             self.neighbours,
             self.farewell,
             self.tell,
             self._turn,
-            lambda item: self._put(item),  # noqa: PLW0108 - it comes with start
+            self._hand_over,
             afresh=self._early.clear,
+        )
+        self.gossip = Gossip(
+            self.membership,
+            self.neighbours,
+            self.tell,
+            self._turn,
+            self.porch.believes,
+            self.refuse,
+            settings.status_every_s,
         )
         self.start_line = StartLine(
             self.membership, self.neighbours, self.porch, self._turn, settings.start_wait_s, settings.begin_at_s
@@ -126,6 +130,9 @@ class Company:
         self._put, self._wake = put, wake
         self.neighbours.start(spawn)
 
+    def _hand_over(self, item: Item) -> None:
+        self._put(item)
+
     def begin(self, end: float | None) -> None:
         """Training begins: what was said to us before, the lane may now hear, for all it passes on to are there.
         ``end``: when it will be over, loop time, if that is known."""
@@ -140,9 +147,10 @@ class Company:
         self.porch.open_until = -math.inf
 
     def close(self) -> None:
-        for timer in (self._aging, self._carrying, self._parting):
+        for timer in (self._aging, self._parting):
             if timer is not None:
                 timer.cancel()
+        self.gossip.close()
         self.patience.close()
         self.neighbours.close()
 
@@ -180,30 +188,6 @@ class Company:
         if not message.origin:
             message = Message(message.kind, fields=message.fields, stream=message.stream, origin=self._me)
         self.say(to, encode(message), message)
-
-    def gossip(self, **own: int | float) -> None:
-        """Tell each neighbour our own record, if it is time to, and those that it hears only through us; else they
-        wait for more of their kind."""
-        if self.neighbours.door.sponsor is not None:
-            return
-        if self.membership.roster.beat(asyncio.get_running_loop().time(), **own) or self._carrying is None:
-            self._spread_news()
-
-    def _spread_news(self) -> None:
-        """What is told to several is encoded once."""
-        if self._spread == self.membership.roster.changes:
-            return
-        self._spread = self.membership.roster.changes
-        audiences: dict[tuple[int, ...], tuple[list[Record], list[PeerId]]] = {}
-        for peer, connection in self.neighbours.connections.items():
-            if connection.connected and (news := self.membership.news(peer)):
-                audiences.setdefault(tuple(map(id, news)), (news, []))[1].append(peer)
-        for records, peers in audiences.values():
-            self._tell_news(tuple(peers), records)
-
-    def _tell_news(self, to: tuple[PeerId, ...], records: Sequence[Record]) -> None:
-        for text in news_texts(records):
-            self.tell(to, Message("~status", fields={"news": text}, stream=Stream.CONTROL))
 
     def _pass_on_together(self) -> None:
         self._parting = None
@@ -262,7 +246,7 @@ class Company:
             return
         self._turn(roster.alive(peer, incarnation, asyncio.get_running_loop().time()))
         roster.version += 1
-        self._spread = -1
+        self.gossip.begin_again()
         self._put(MembersChanged())
         self._put(Writable(peer))  # what it was owed meanwhile may go
         self._wake()
@@ -304,7 +288,7 @@ class Company:
         """A message of the node's own kinds."""
         match message.kind:
             case "~status":
-                self._news(message)
+                self.gossip.hear(message, self._begun)
             case "~ask" | "~ready" | "~join":
                 self.porch.notice(message)
             case "~done":
@@ -322,43 +306,6 @@ class Company:
                     self.refuse(message.hop, why)
             case "~refused":
                 self._journal.refused(message.hop, f"it refused ours: {message.fields['reason']}")
-
-    def _news(self, message: Message) -> None:
-        """What a neighbour has heard of others, and of itself."""
-        try:
-            records = records_of(str(message.fields["news"]))
-        except ValueError as error:
-            self.refuse(message.hop, f"~status: {error}")
-            return
-        now, roster = asyncio.get_running_loop().time(), self.membership.roster
-        for record in records:
-            if self._begun and not self.porch.believes(record, message.hop):
-                continue
-            if record.silent and self.neighbours.connected(record.peer):
-                roster.spoke(record.peer, self.neighbours.connections[record.peer].last_heard)
-            if (change := roster.hear(record, message.hop, now)) is not None:
-                self._turn(change)
-            if record.silent and roster.hears(record.peer, now):  # let it refute that
-                self._tell_news((record.peer,), [record])
-        if self._topology.talk != "mesh":
-            self._carry_soon(urgent=any(record.silent for record in records))
-
-    def _carry_soon(self, *, urgent: bool) -> None:
-        period_s = self._settings.status_every_s
-        beat_s = period_s if urgent else min(self.membership.roster.beat_s, CARRIED_BEATS_MAX * period_s)
-        loop = asyncio.get_running_loop()
-        carry_at = loop.time() + CARRY_SHARE * beat_s
-        if self._carrying is not None:
-            if self._carry_at <= carry_at:  # a handle does not know it on every loop
-                return
-            self._carrying.cancel()
-        self._carry_at = carry_at
-        self._carrying = loop.call_at(carry_at, self._carry)
-
-    def _carry(self) -> None:
-        """Pass news on. Waiting for our own turn to speak would make far peers seem silent."""
-        self._carrying = None
-        self._spread_news()
 
     # -- who is there -------------------------------------------------------------------------------------------
 
@@ -390,7 +337,7 @@ class Company:
         self.membership.changed()
         self.lags = True  # until the lane has looked
         if any(change.state is State.SILENT for change in changes):
-            self._spread_news()
+            self.gossip.spread()
         if self.neighbours.door.sponsor is None:
             self.neighbours.want(self.membership.sought)
         if self._seen != self.membership.roster.version:

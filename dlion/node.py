@@ -363,7 +363,7 @@ class Node:
 
     def _gossip(self) -> None:
         meter = self.meter
-        self.company.gossip(
+        self.company.gossip.beat(
             step=self.step,
             samples=meter.samples,
             samples_per_s=self.learner.batcher.samples_per_s or meter.samples_per_s,
