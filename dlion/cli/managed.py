@@ -56,7 +56,9 @@ async def _main(out: Path, peer: PeerId, start: Start) -> None:
                 if "checkpoint" in order:
                     node.checkpoint()
                     continue
-                node.stop(order["stop"], leaving=order.get("leaving", False))
+                node.stop(order["stop"], leaving=False)
+                if order.get("soon"):
+                    node.stop(order["stop"])  # it drains with the others, but not for as long as it would
             node.stop("the parent is gone", leaving=True)
 
         async def report() -> None:

@@ -161,7 +161,7 @@ class Pride:
         alive = [peer for peer, child in self.children.items() if not child.died]
         if self.target is not None and all(self.held.get(peer, 0.0) >= self.target for peer in alive):
             self.reached = True
-            self.stop(f"accuracy {self.target:g} reached", leaving=False)
+            self.stop(f"accuracy {self.target:g} reached")
 
     async def _show(self, view: LiveView, refresh_s: float) -> None:
         while True:
@@ -177,12 +177,12 @@ class Pride:
                 found.append(child.status)
         return found
 
-    def stop(self, reason: str, *, leaving: bool = False) -> None:
-        """Everybody drains and ends."""
+    def stop(self, reason: str, *, soon: bool = False) -> None:
+        """Everybody drains and ends; ``soon``: though something may still move then."""
         if not self.stopping:
             self.stopping = reason
             for child in self.children.values():
-                child.order(stop=reason, leaving=leaving)
+                child.order(stop=reason, soon=soon)
 
     async def _end_all(self, processes: list[asyncio.subprocess.Process]) -> None:
         """Nothing that we started is left running."""
@@ -249,7 +249,7 @@ def run_up(
                     if child.process.returncode is None:
                         child.process.kill()
                 raise SystemExit(INTERRUPTED)
-            pride.stop("interrupted")
+            pride.stop("interrupted", soon=True)
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, interrupted)
