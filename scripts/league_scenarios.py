@@ -103,7 +103,6 @@ def tfako(about: str, *egress_mbit: float) -> Scenario:
         "train.optimizer": "adamw",
         "train.momentum": 0.0,
         "batching.mode": "fixed",
-        "node.drain": 120.0,  # the last exact words of 17 MB, to three others out of 10 Mbit/s
     }
     return Scenario(lambda: star(*egress_mbit), f"TFAko's setting: {about}, 17 MB, Adam", flags=flags, rate=1e-3)
 
