@@ -4,7 +4,7 @@
     python scripts/bench_simulate.py --day pride [--hours 24] --wan DIRECTORY   # 4 bridged micro-clouds of 8, traces
     python scripts/bench_simulate.py --thousand pride [--seconds 600]           # 100 micro-clouds of 10, along a tree
     python scripts/bench_simulate.py --flat docs/simulate.png                   # 10 to 1,000 peers, and a picture
-    python scripts/bench_simulate.py --league pride --data DIRECTORY [--seconds 80]    # shares of a league run
+    python scripts/bench_simulate.py --league pride --data DIRECTORY    # shares of a league run
 
 CPU seconds of this process throughout, so that a busy machine changes little. ``messages_per_wall_s``: whole messages
 delivered to nodes per CPU second of a toy run, building and summary included. ``outside_share``: the part of a digits
@@ -249,14 +249,13 @@ def flat(deliveries: Deliveries, picture: Path, folder: Path) -> list[dict[str, 
 
 
 LEAGUE = {
-    "model__hidden": [512, 256],
     "train__learning_rate": 0.05,
     "train__momentum": 0.9,
     "batching__growth": False,
     "evaluate__every": 5.0,
     "evaluate__samples": 2000,
 }
-"""As scripts/league.py runs fashion-mnist."""
+"""As scripts/league.py runs them."""
 
 
 def shares(deliveries: Deliveries, seconds: float, job: str = "digits", **settings: Any) -> dict[str, float]:
@@ -281,6 +280,8 @@ def shares(deliveries: Deliveries, seconds: float, job: str = "digits", **settin
 @click.option("--wan", type=click.Path(exists=True, path_type=Path), help="Where the traces are.")
 @click.option("--thousand", metavar="STRATEGY", help="1,000 peers for --seconds.")
 @click.option("--league", metavar="STRATEGY", help="Shares of a league run of --seconds; needs --data.")
+@click.option("--job", default="fashion-mnist", help="Of --league: fashion-mnist or fashion-cnn.")
+@click.option("--hidden", default="512,256", help="Of fashion-mnist: hidden layers; 1024,420 are the paper's 5 MB.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="Where Fashion-MNIST is.")
 @click.option("--flat", "picture", type=click.Path(path_type=Path), help="Draw the cost of a message there.")
 def main(as_json: bool, calls: bool, seconds: float, day: str | None, thousand: str | None, **large: Any) -> None:
@@ -295,8 +296,10 @@ def main(as_json: bool, calls: bool, seconds: float, day: str | None, thousand: 
         elif large["league"] is not None:
             if large["data"] is None:
                 raise click.UsageError("--league needs --data DIRECTORY with the training sets")
-            of = {"exchange__name": large["league"], "data__dir": str(large["data"])}
-            print(json.dumps(shares(deliveries, seconds, "fashion-mnist", **of, **LEAGUE), indent=2))
+            of = LEAGUE | {"exchange__name": large["league"], "data__dir": str(large["data"])}
+            if large["job"] == "fashion-mnist":
+                of["model__hidden"] = [int(size) for size in large["hidden"].split(",")]
+            print(json.dumps(shares(deliveries, seconds, large["job"], **of), indent=2))
             return
         elif large["picture"] is not None:
             flat(deliveries, large["picture"], Path(folder))

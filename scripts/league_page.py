@@ -53,9 +53,9 @@ neither by hand.
   seed {tune_seed} and 40 virtual seconds (the best mean accuracy over the second half, summed over both); the least and
   the greatest only where the next was the best of three. The same grid for all, each at full length: by its curves
   successive halving would have chosen the same for 11 of 18, for `full` and `gaia` one 0.8 and 0.7 points worse, for
-  others within 0.4 points, in 0.4 of the time (`league.py halving`). All else: defaults. `foresight` and `slices`, and nothing of the
-  others, were chosen with seeds 0 to 2 of `homogeneous` and `hetero-system` (iid and Dirichlet) in sight; all other
-  scenarios were not looked at for any choice.
+  others within 0.4 points, in 0.4 of the time (`league.py halving`). All else: defaults. `foresight` and `slices`, and
+  nothing of the others, were chosen with seeds 0 to 2 of `homogeneous` and `hetero-system` (iid and Dirichlet) in
+  sight; all other scenarios were not looked at for any choice.
 - **Slices**: `pride` takes a step's gradient in four, `pride-whole` as a whole, as all others do. Here a sample costs
   the same in a slice as in a batch. For a convolutional net on one core that is so (64 samples: times 0.99,
   `scripts/bench_slices.py`), for a net as small as this one it is not (times 2.2), and a peer that measures so takes
