@@ -35,6 +35,8 @@ from dlion.observe.report import style
 TIE = 0.15
 """Of one seed or two, times that differ by less than this share are a tie: other seeds move them by as much."""
 DRAWN_MAX = 7
+NEAR = 1.25
+"""Who takes no more than so many times as long is asked how many bytes it took."""
 
 INTRO = """# The league
 
@@ -163,6 +165,25 @@ def verdict(groups: Mapping[str, Rows]) -> str:
     return f"Time to {100 * main:.3g} %, theirs over ours: pride is {'; '.join(listed)}."
 
 
+def thrift(groups: Mapping[str, Rows]) -> str:
+    """What ours says up to a target beside the thriftiest of those that arrive hardly later."""
+    found = []
+    for target in targets_of(groups) if OURS in groups else ():
+        ours, bytes_of = reached(groups[OURS], target), {}
+        for name, rows in groups.items():
+            at = reached(rows, target)
+            if name == ORACLE or name.startswith(OURS) or ours is None or at is None:
+                continue
+            if at <= NEAR * ours:
+                bytes_of[name] = median([bytes_to(row, target) for row in rows]) or 0.0
+        if bytes_of:
+            name = min(bytes_of, key=bytes_of.__getitem__)
+            share = (median([bytes_to(row, target) for row in groups[OURS]]) or 0.0) / bytes_of[name]
+            found.append(f"to {100 * target:.3g} % {share:.2g}x those of {name}")
+    who = f"the thriftiest that arrives within {NEAR} times our time"
+    return f"\n\nBytes, ours over those of {who}: {'; '.join(found)}." if found else ""
+
+
 def _line(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], index: int, name: str) -> None:
     dashed = name == ORACLE
     axes.plot(x, y, color="#777f88" if dashed else style.hue(index), linestyle="--" if dashed else "-")
@@ -255,7 +276,9 @@ def write(
         failures = "".join(
             f"Failed: {r['spec']['strategy']}, seed {r['spec']['seed']}: {r['failed']}\n\n" for r in lost
         )
-        text.append(f"{table(groups)}\n\n{failures}{verdict(groups)}\n\n![{scenario}]({out.name}/{picture})\n")
+        text.append(
+            f"{table(groups)}\n\n{failures}{verdict(groups)}{thrift(groups)}\n\n![{scenario}]({out.name}/{picture})\n"
+        )
         if changed and OURS in groups:
             table_of_changed = ablations(changed, groups[OURS], main_target(groups))
             text.append(f"Ours with one thing changed:\n\n{table_of_changed}\n")

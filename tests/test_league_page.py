@@ -16,7 +16,7 @@ import league
 import league_page
 from league_stats import interval
 
-RATES = {"pride": 0.1, "hop": 0.05, "dlion": 0.01}
+RATES = {"pride": 0.1, "hop": 0.05, "dlion": 0.01, "gaia": 0.01, "ako": 0.01}
 
 
 def row(strategy: str, seed: int, arrives_s: float, *, scenario: str = "hetero-system") -> dict[str, Any]:
@@ -53,6 +53,14 @@ def test_of_three_seeds_an_interval_that_holds_one_is_a_tie_and_a_narrow_one_is_
     text = page(tmp_path, ours + uneven + even)
     assert "level with hop (1.20x; 95 %: " in text
     assert "ahead of hop-fixed (1.11x; 95 %: 1.09 to 1.14)" in text
+
+
+def test_bytes_are_compared_with_the_thriftiest_that_is_hardly_later(tmp_path: Path) -> None:
+    rows = [row("pride", 0, 20.0), row("hop", 0, 24.0), row("gaia", 0, 24.9), row("ako", 0, 26.0)]
+    for thrifty, share in zip(rows[1:], (0.5, 0.25, 0.01), strict=True):
+        thrifty["wan_bytes"] = [share * sent for sent in thrifty["wan_bytes"]]
+    text = page(tmp_path, rows)
+    assert "to 80 % 3.2x those of gaia" in text  # 20 MB of 24.9 / 4 MB
 
 
 def test_the_interval_is_students_on_logarithms() -> None:
