@@ -228,7 +228,7 @@ class Node:
             try:
                 result, seconds = await self._lane.step(batch)
             except Ended as end:
-                self.stop(str(end))
+                self.stop(str(end), leaving=not self._stopping)  # who finishes with the others is in no hurry
                 break
             self._stepped(result, seconds, waits)
             batcher.observe(batch, seconds)

@@ -42,7 +42,7 @@ class Patience:
     ) -> None:
         self._membership, self._connections, self._tell = membership, connections, tell
         self._drain_s = drain_s
-        self._count = self._told = 0
+        self._count = 0
         self._telling: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self._moved_at = -math.inf
@@ -104,7 +104,7 @@ class Patience:
         if self._timeout is None:
             return
         moved_bytes = sum(connection.session.moved_bytes for connection in self._connections.values())
-        if moved_bytes != self._moved_bytes is not None:
+        if self._moved_bytes not in (None, moved_bytes):
             self._stir(self._count + 1)
         self._moved_bytes = moved_bytes
         self._set()

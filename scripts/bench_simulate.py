@@ -4,7 +4,7 @@
     python scripts/bench_simulate.py --day pride [--hours 24] --wan DIRECTORY   # 4 bridged micro-clouds of 8, traces
     python scripts/bench_simulate.py --thousand pride [--seconds 600]           # 100 micro-clouds of 10, along a tree
     python scripts/bench_simulate.py --flat docs/simulate.png                   # 10 to 1,000 peers, and a picture
-    python scripts/bench_simulate.py --league pride --data DIRECTORY    # shares of a league run
+    python scripts/bench_simulate.py --league pride --data DIRECTORY [--job fashion-cnn]    # shares of a league run
 
 CPU seconds of this process throughout, so that a busy machine changes little. ``messages_per_wall_s``: whole messages
 delivered to nodes per CPU second of a toy run, building and summary included. ``outside_share``: the part of a digits

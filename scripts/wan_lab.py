@@ -205,7 +205,8 @@ class Lab:
         router = Router(self.plan.topology, addresses, devices, self.queue_s)
         self.start()
         job = self.plan.job
-        limit = time.monotonic() + START_S + job.job.until_s + DRAINS_MAX * job.node.drain_s + GRACE_S
+        drain_s = job.node.drain_s * (1 if self.rival else DRAINS_MAX)
+        limit = time.monotonic() + START_S + job.job.until_s + drain_s + GRACE_S
         deaths, begins = list(self.deaths), list(self.begins)
 
         def done() -> bool:

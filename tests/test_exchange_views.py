@@ -171,6 +171,46 @@ def test_a_shard_does_not_overtake_the_anchor_of_who_made_it() -> None:
     bench.finish()
 
 
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+@pytest.mark.parametrize("first", ["it hears of the death", "it is heard again"])
+@pytest.mark.parametrize("passed_on", [False, True])
+def test_a_sum_whose_maker_died_before_the_silent_one_was_back_is_the_only_one(
+    name: str, first: str, passed_on: bool
+) -> None:
+    """a0 sums A without a1, which has all parts and could make a sum with its own, tells b0 and dies."""
+    bench = Views(partial(find(name), **SETTINGS[name]), {"a0": "A", "a1": "A", "b0": "B", "b1": "B"})
+    a0, a1, b0, b1 = map(PeerId, ("a0", "a1", "b0", "b1"))
+
+    def all_said(source: PeerId, target: PeerId) -> None:
+        while bench.carries(source, target) and bench.deliver(source, target):
+            pass
+
+    for peer in (a0, a1):
+        bench.step(peer, partial(push, 0))
+    bench.deliver(a0, a1)
+    bench.out = {frozenset((a1, p)) for p in (a0, b0, b1)}
+    for peer in (a0, b0, b1):
+        bench.misses(peer, a1)
+    for pair in ((b0, a0), (b1, a0), (a0, b0), *([(b0, b1)] if passed_on else [])):
+        all_said(*pair)
+    bench.die(a0)
+    if first == "it hears of the death":
+        bench.misses(a1, a0)
+    bench.out.clear()
+    for peer in (b0, b1):
+        bench.hears(peer, a1)
+    for peer in (b0, b1):
+        bench.misses(peer, a0)
+    if first == "it is heard again":
+        bench.misses(a1, a0)
+    bench.settle()
+    for peer in (b0, b1):
+        bench.step(peer, partial(push, 0))
+    bench.settle()
+    assert bench.disagreement <= 1e-6
+    bench.finish()
+
+
 def test_a_fragment_without_entries_is_a_round_like_any_other() -> None:
     bench = Bench(partial(find("streaming"), local_steps=1, fragments=40), {"a0": "A", "a1": "A", "b0": "B"})
     bench.run(60, partial(push, 0))

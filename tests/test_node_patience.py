@@ -16,12 +16,13 @@ from test_node_strangers import meet, victim, virtual
 from dlion.exchange.base import Action, Context, Exchange, Send, Speech, Timer
 from dlion.exchange.diloco import DiLoCo
 from dlion.exchange.full import Full
+from dlion.learn.workload import Ended, Indices
 from dlion.mesh.topology import Resource, Topology
 from dlion.messages import Message, PeerId, Stream
 from dlion.net.wan import Rate
 from dlion.node import Node
 from dlion.patience import COUNT_MAX, DRAINS_MAX, TELL_S
-from dlion.tensors import disagreement
+from dlion.tensors import Flat, disagreement
 
 DRAIN_S, UNTIL_S = 3.0, 6.0
 
@@ -42,6 +43,27 @@ def test_what_takes_longer_than_a_drain_is_said_to_the_end(talk: Talk) -> None:
     assert max(at for _, at in ends(ran)) > UNTIL_S + 2 * DRAIN_S
     assert {reason for reason, _ in ends(ran)} == {"until"}
     assert disagreement(ran.result.replicas) < 1e-5
+
+
+def test_a_loop_that_ends_with_the_others_is_in_no_hurry() -> None:
+    """As ``torch.attach`` leaves: the node is told to finish, and then there is nothing more to train on."""
+    nodes: dict[str, Node] = {}
+
+    class Ending(Softmax):
+        def gradient(self, weights: Flat, batch: Indices, out: Flat) -> float:
+            for made in nodes.values():
+                if asyncio.get_running_loop().time() > 4.0:
+                    made.stop("the loop has ended", leaving=False)
+            if nodes["a1"].ended:
+                raise Ended("the training loop has ended")
+            return super().gradient(weights, batch, out)
+
+    def each(made: Node) -> None:
+        nodes[made.me] = made
+
+    ran = ended(net("a1 | b1", mbps=0.04), workload=lambda _: Ending("a1", 100), each=each, until_s=60.0)
+    assert {reason for reason, _ in ends(ran)} == {"the loop has ended"}
+    assert max(at for _, at in ends(ran)) > 4.0 + 2 * DRAIN_S and disagreement(ran.result.replicas) < 1e-5
 
 
 @pytest.mark.parametrize("own_s", [{}, {"a1": 60.0, "b1": 60.0}])
@@ -140,7 +162,7 @@ def test_nobody_is_kept_for_ever_by_who_says_that_something_moves() -> None:
             v.node.stop("until", leaving=False)
             began = asyncio.get_running_loop().time()
             while v.node.state != "stopped":
-                for count in (int(v.node.company.patience._count) + 1, -(1 << 62), COUNT_MAX, (1 << 63) - 1):
+                for count in (v.node.company.patience._count + 1, -(1 << 62), COUNT_MAX, (1 << 63) - 1):
                     stranger.say(Message("~still", fields={"count": count}, stream=Stream.CONTROL, origin=PeerId("b1")))
                 await asyncio.sleep(0.1)
             assert 0.9 * DRAINS_MAX < (asyncio.get_running_loop().time() - began) / 0.5 < 1.1 * DRAINS_MAX
