@@ -57,7 +57,7 @@ class Node:
     ) -> None:
         self.identity = identity
         self.me = me = identity.peer
-        self.topology = topology
+        self.topology = topology = topology.settled(bridged=exchange.bridged)
         self.settings = s = settings or NodeSettings()
         self.learner, self.seams = learner, seams
         self.pace, self.exchange = pace, exchange

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dlion.config import load_topology
-from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Talk, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
 from dlion.simulation import Death
@@ -56,6 +56,10 @@ def cut(some: str, others: str, since_s: float, until_s: float) -> Callable[[Top
         return replace(topology, links={**topology.links, **{e: replace(topology.links[e], up=up) for e in ends}})
 
     return change
+
+
+def talking(talk: Talk) -> Callable[[Topology], Topology]:
+    return lambda topology: replace(topology, talk=talk)
 
 
 def drawn(seed: int) -> Topology:
@@ -148,6 +152,8 @@ SHIPPED = (
 )
 SCENARIOS: Mapping[str, Scenario] = {
     **{name: Scenario(shipped(name)) for name in SHIPPED},
+    "hetero-system-mesh": Scenario(shipped("hetero-system", talking("mesh")), "hetero-system, a mesh for all"),
+    "hetero-system-bridges": Scenario(shipped("hetero-system", talking("bridges")), "hetero-system, bridges for all"),
     "slow-peer": Scenario(shipped("hetero-system", slower("c2", 20.0)), "hetero-system with c2 20 times slower"),
     "link-out": Scenario(
         shipped("hetero-system", cut("a1", "b1", 20, 50)), "hetero-system, a1 and b1 cut off from 20 s to 50 s"

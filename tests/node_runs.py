@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from dlion.learn.optimizers import Sgd
 from dlion.learn.schedules import Constant
 from dlion.learn.trainer import Trainer, peer_seed
 from dlion.learn.workload import Evaluation, Indices, Workload
-from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Talk, Topology
 from dlion.messages import PeerId
 from dlion.net.link import Dialer
 from dlion.net.wan import Rate
@@ -33,7 +33,6 @@ from dlion.simulation import Birth, Death, MemoryDialer, Result, simulate
 from dlion.tensors import Flat, Tensors
 
 FEATURES, CLASSES, SAMPLES, BATCH, RATE = 7, 4, 96, 8, 0.2
-Talk = Literal["mesh", "bridges", "tree"]
 
 
 def residual() -> DLion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -74,6 +75,31 @@ def test_the_other_shipped_topologies_differ_as_their_names_say() -> None:
     four = load_topology("four-clouds")
     assert (len(four.peers), len(four.clouds), four.talk) == (16, 4, "bridges")
     assert load_topology("demo").talk == "bridges" and load_topology("demo", talk="mesh").talk == "mesh"
+
+
+def cut(topology: Topology, *ends: str) -> Topology:
+    pairs = {(PeerId(a), PeerId(b)) for a, b in permutations(ends)}
+    return replace(topology, links={pair: link for pair, link in topology.links.items() if pair not in pairs})
+
+
+def test_how_peers_talk_is_as_the_strategy_likes_unless_the_file_says() -> None:
+    """A mesh or bridges, and the other one where links that it needs are missing; the same object every time, for plans
+    are made once for all nodes of a process that have the same."""
+    six, hosts = load_topology("hetero-system"), load_topology("three-hosts")
+    for topology, flat, bridged in (
+        (six, "mesh", "bridges"),
+        (cut(six, "a1", "b1"), "bridges", "bridges"),
+        (cut(six, "a1", "a2"), "mesh", "mesh"),  # mates need each other to pass on what came over a bridge
+        (hosts, "mesh", "mesh"),  # nobody has mates: a mesh is the same, and simpler
+        (cut(hosts, *list(hosts.peers)[:2]), "bridges", "bridges"),
+        (replace(six, peers={p: replace(spec, cloud="a") for p, spec in six.peers.items()}), "mesh", "mesh"),
+        (load_topology("hetero-system", talk="mesh"), "mesh", "mesh"),
+        (load_topology("hetero-system", talk="tree"), "tree", "tree"),
+    ):
+        settled = [topology.settled(bridged=likes) for likes in (False, True)]
+        assert [one.talk for one in settled] == [flat, bridged]
+        assert [topology.settled(bridged=likes) for likes in (False, True)] == settled
+        assert topology.settled(bridged=True) is settled[1] and settled[1].settled(bridged=False) is settled[1]
 
 
 def test_hetero_system_egress_caps_what_leaves_each_host() -> None:

@@ -288,6 +288,7 @@ def node_of(
     """The node of ``peer``, with its header written. ``learner``: in place of the job's, around ``workload``."""
     job = plan.job
     strategy = exchange_of(plan)
+    plan = replace(plan, topology=plan.topology.settled(bridged=strategy.bridged))
     learner = learner or learner_of(plan, peer, workload, strategy)
     identity = identity_of(plan, peer, workload, incarnation)
     if seams.resume is not None:

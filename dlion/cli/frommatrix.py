@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from dlion.cli.errors import BAD_DATA, USAGE, Fault, writing
+from dlion.cli.options import TALKS
 from dlion.config import load_topology
 from dlion.config.errors import did_you_mean
 from dlion.config.units import UNITS
@@ -46,7 +47,7 @@ class Measured:
 @click.option("--peers-per-region", type=click.IntRange(1, PEERS_PER_REGION_MAX), default=1, show_default=True)
 @click.option("--shared", is_flag=True, help="All peers of a region share its path to another.  [default: one each]")
 @click.option("--compute", multiple=True, metavar="[REGION=]N", help="Samples per second of each peer.")
-@click.option("--talk", type=click.Choice(["mesh", "bridges", "tree"]), default="mesh", show_default=True)
+@click.option("--talk", type=click.Choice(TALKS), default="auto", show_default=True)
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The topology to write.")
 def from_matrix(  # noqa: PLR0917 - one per option
     throughput: str | None,

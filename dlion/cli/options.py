@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+TALKS = ("auto", "mesh", "bridges", "tree")
 RUN_OPTIONS = (
     click.option("--job", default="digits", show_default=True, help="What to train: a packaged name or a TOML file."),
     click.option("--topology", default="hetero-system", show_default=True, help="Who and over what: a name or a file."),
     click.option("--exchange", help="The strategy, in place of the job's.", metavar="NAME"),
     click.option("--pace", help="The pace, in place of the strategy's own.", metavar="NAME"),
-    click.option("--talk", type=click.Choice(["mesh", "bridges", "tree"]), help="In place of the topology's."),
+    click.option("--talk", type=click.Choice(TALKS), help="In place of the topology's."),
     click.option("--until", help="How long to train.", metavar="DURATION"),
     click.option("--start", help="Begin this far into the topology's traces.", metavar="DURATION"),
     click.option("--seed", type=click.IntRange(min=0), help="Of weights, data order and all chance."),

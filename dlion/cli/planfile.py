@@ -16,7 +16,7 @@ import msgspec
 from dlion.cli.build import Plan
 from dlion.cli.errors import BAD_DATA, CANNOT_READ, Fault
 from dlion.config.job import Job
-from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Talk, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
 
@@ -57,7 +57,7 @@ class _Link(msgspec.Struct):
 
 
 class _Topology(msgspec.Struct):
-    talk: Literal["mesh", "bridges", "tree"]
+    talk: Talk
     about: str
     digest: str
     peers: list[_Peer]

@@ -31,7 +31,7 @@ def command(directory: Path, out: Path) -> None:
     """
     run = read_directory(directory)
     found = whole(recorded(run), directory)
-    talk = load_plan(directory).topology.talk if (directory / NAME).exists() else "mesh"
+    talk = load_plan(directory).topology.talk if (directory / NAME).exists() else "auto"
     with writing(out):
         path = write(found, run, talk, out)
     made = load_topology(path)

@@ -16,9 +16,9 @@ from dlion.config.find import find
 from dlion.config.job import Job, Table, read_job
 from dlion.config.rates import Rates
 from dlion.config.reader import Reader, read_toml
-from dlion.config.topology import RawRate, Talk, checked_address, load_topology
+from dlion.config.topology import RawRate, checked_address, load_topology
 from dlion.config.units import Share
-from dlion.mesh.topology import Speed, Topology
+from dlion.mesh.topology import Speed, Talk, Topology
 from dlion.messages import PeerId
 
 

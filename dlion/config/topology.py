@@ -22,12 +22,11 @@ from dlion.config.job import Table
 from dlion.config.rates import Rates
 from dlion.config.reader import Reader, read_toml, show
 from dlion.config.units import Seconds
-from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Resource, Speed, Talk, Topology
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-Talk = Literal["mesh", "bridges", "tree"]
 RawRate = Any
 """Read by ``rates``."""
 
@@ -90,7 +89,7 @@ class ResourceTable(Table, frozen=True):
 class TopologyFile(Table, frozen=True):
     clouds: dict[str, CloudTable]
     about: str = ""
-    talk: Talk = "mesh"
+    talk: Talk = "auto"
     compute: dict[str, ComputeTable] = msgspec.field(default_factory=dict)
     """By peer or micro-cloud; a peer's own entry wins. Absent = the machine's real speed."""
     lan: LanTable = LanTable()

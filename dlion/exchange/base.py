@@ -186,6 +186,8 @@ class Exchange:
     """Paces that make sense with this strategy; any other is refused."""
     consumes: ClassVar[str] = "delta"
     """``delta``: updates arrive as the optimizer's step; ``gradient``: as the plain gradient."""
+    bridged: ClassVar[bool] = False
+    """True: where the topology leaves it open how peers talk, bridges join the micro-clouds; else a mesh does."""
     ahead: bool = False
     """True: once ``after_step`` has yielded the ``Add`` that covers the step, the next one may start; what else it does
     goes on beside that."""

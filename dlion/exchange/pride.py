@@ -120,6 +120,7 @@ class Pride(Estates):
 
     name = "pride"
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
+    bridged = True
 
     def __init__(
         self,

@@ -5,13 +5,16 @@ Law: pure data and questions about it. Files are read by ``config``; rates over 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import permutations
 from typing import Literal
 
 from dlion.messages import PeerId
 from dlion.net.wan import Rate
+
+Talk = Literal["auto", "mesh", "bridges", "tree"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ class Topology:
     peers: Mapping[PeerId, PeerSpec]
     links: Mapping[tuple[PeerId, PeerId], LinkSpec] = field(default_factory=dict)
     resources: Mapping[str, Resource] = field(default_factory=dict)
-    talk: Literal["mesh", "bridges", "tree"] = "mesh"
+    talk: Talk = "auto"
     """``mesh``: everybody to everybody that a link joins; ``bridges``: one pair per directed pair of micro-clouds;
-    ``tree``: bridges along a spanning tree of the micro-clouds, which forward."""
+    ``tree``: bridges along a spanning tree of the micro-clouds, which forward; ``auto``: as the strategy likes."""
     addresses: Mapping[PeerId, str] = field(default_factory=dict)
     """``host:port`` of the peers whose place is fixed."""
     about: str = ""
@@ -96,3 +99,20 @@ class Topology:
 
     def lan(self, a: PeerId, b: PeerId) -> bool:
         return self.peers[a].cloud == self.peers[b].cloud
+
+    def settled(self, *, bridged: bool) -> Topology:
+        """``auto`` made a mesh, or bridges for a strategy that would rather be ``bridged``; the other one where links
+        that it needs are missing. Where no micro-cloud has mates to speak for, the two are one: a mesh."""
+        return self if self.talk != "auto" else self._settled[bridged]
+
+    @cached_property
+    def _settled(self) -> tuple[Topology, Topology]:
+        """For who would not be bridged and who would; the same two for all nodes of a process."""
+
+        def joined(peers: Iterable[PeerId]) -> bool:
+            return all((a, b) in self.links for a, b in permutations(peers, 2))
+
+        mesh, homes = joined(self.peers), all(joined(mates) for mates in self.clouds.values())
+        mates = 1 < len(self.clouds) < len(self.peers)
+        flat, bridged = replace(self, talk="mesh"), replace(self, talk="bridges")
+        return (flat if mesh or not homes else bridged), (bridged if homes and (mates or not mesh) else flat)

@@ -172,6 +172,6 @@ def topology(found: Recording, name: str, plan: Topology | None = None) -> Topol
         path = f"recorded:{seen.source}>{seen.target}"
         resources[path] = Resource(path, "path", seen.rate)
         links[ends] = LinkSpec(seen.source, seen.target, (path,), seen.delay_s, seen.up)
-    talk = plan.talk if plan is not None else "mesh"
+    talk = plan.talk if plan is not None else "auto"
     resources.update(plan.resources if plan is not None else {})
     return Topology(name, peers, dict(sorted(links.items())), resources, talk, about="as recorded")

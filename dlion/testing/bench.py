@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Literal
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from dlion.exchange.pace import PACES, Pace, Progress
 from dlion.items import Barrier, DrainNow, Fired, Heard, Item, MembersChanged, Outcome, Writable
 from dlion.lane import Replica
 from dlion.mesh.bridges import Plan, plan
-from dlion.mesh.topology import LinkSpec, PeerSpec, Topology
+from dlion.mesh.topology import LinkSpec, PeerSpec, Talk, Topology
 from dlion.messages import PeerId, Stream
 from dlion.tensors import Flat, Layout, disagreement
 from dlion.testing.watched import Nonconforming, Watched, demand
@@ -29,7 +28,6 @@ from dlion.wire.limits import Limits
 Make = Callable[[], Exchange]
 Learn = Callable[[str, int, Flat], Flat]
 """(peer, step, weights) -> what its trainer hands to the strategy: a local step, or a gradient if it consumes those."""
-Talk = Literal["mesh", "bridges", "tree"]
 
 OPEN_BYTES = 1 << 40
 EVENTS_MAX = 100_000
