@@ -60,7 +60,7 @@ def test_heard_plus_owed_is_everything_that_was_learnt(seed: int, speculation: f
     bench.deliver_all()
     for seat in bench.seats.values():
         others: list[Pride] = [o.exchange for o in bench.seats.values() if o is not seat]  # type: ignore[misc]
-        owed = [other.owed[seat.name, False] for other in others if (seat.name, False) in other.owed]
+        owed = [other.owed[a] for other in others if (a := (seat.name, "A")) in other.owed]
         gap = learnt - seat.view - sum(o.flat for o in owed if o) - sum(other.state()["rest"] for other in others)
         np.testing.assert_allclose(gap, 0.0, atol=2e-5)
 

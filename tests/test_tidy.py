@@ -53,7 +53,7 @@ NODE = (
     "trainlane",
 )
 """The files between which the node is divided."""
-SHARED = ("base", "estates", "pace", "owed", "spread", "rounds", "parts")
+SHARED = ("base", "estates", "pace", "owed", "spread", "totals", "rounds", "parts")
 """Common ground of the strategies; every other file in exchange is a strategy."""
 
 NEVER: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

@@ -28,7 +28,7 @@ from dlion.tensors import Layout, Tensors
 
 FOLDER = "checkpoints"
 ASIDE = "aside-"
-STATE_FORMAT = 3
+STATE_FORMAT = 4
 """Raise it whenever a strategy, the lane or a part saves something else: older checkpoints are then refused by name."""
 _TEXT = "state"
 

@@ -109,6 +109,10 @@ class Routes(Protocol):
         """True: everybody tells everybody, and nothing is passed on."""
 
     @property
+    def tree(self) -> bool:
+        """True: not every two micro-clouds have a bridge; what they say to each other is passed on by those between."""
+
+    @property
     def clouds(self) -> int:
         """How many micro-clouds there are, whoever lives."""
 

@@ -21,18 +21,18 @@ import numpy as np
 
 from dlion.blocks import dense
 from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech
-from dlion.exchange.spread import Spread
+from dlion.exchange.totals import Totals
 from dlion.messages import Message, PeerId, Scalar
 from dlion.tensors import Flat
 
-FORMER = "former"
+FORMER, TOTAL = "former", "total"
 
 
-class Estates(Spread):
+class Estates(Totals):
     """Base: remembers what it heard of whom, and settles what the dead had told only some."""
 
-    speaks: ClassVar[Speech] = {**Spread.speaks, "estate": {"cloud": str, "of": str, "life": int}}
-    handed_on: ClassVar[tuple[str, ...]] = (*Spread.handed_on, "estate")
+    speaks: ClassVar[Speech] = {**Totals.speaks, "estate": {"cloud": str, "of": str, "life": int}}
+    handed_on: ClassVar[tuple[str, ...]] = (*Totals.handed_on, "estate")
     consensus = True
 
     def __init__(self) -> None:
@@ -50,24 +50,16 @@ class Estates(Spread):
         self._former: dict[PeerId, Flat] = {}
         """What the settled lives of each peer had told in all."""
 
-    def unsaid(self) -> Flat:
-        """Own steps that are in the replica and will be told later, to all alike."""
-        return np.zeros(self._size, dtype=np.float32)
-
     def spares(self, link: LinkView) -> bool:
         """Is this link too dear for an estate?"""
         return False
-
-    def setup(self, ctx: Context) -> None:
-        super().setup(ctx)
-        self._size = ctx.layout.size
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         if message.kind == "estate":
             self._wills[PeerId(str(message.fields["of"]))] = message
             return
         yield from super().on_message(origin, message, ctx)
-        if self.consensus:
+        if self.consensus and message.kind in self.additive and not self.totalled(message, ctx):
             self._listen(message)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
@@ -158,6 +150,7 @@ class Estates(Spread):
         beyond = set(ctx.routes.onward(peer, ctx.cloud))
         rest = self.view(ctx.weights) - self.unsaid()
         held = {f"{FORMER}\n{other}": told.copy() for other, told in self._former.items()}
+        held.update((f"{TOTAL}\n{cloud}", total.copy()) for cloud, total in self.totals.items())
         for other in sorted(set(self._met) | set(self._heard)):
             if other in beyond or other == peer:
                 continue
@@ -174,12 +167,13 @@ class Estates(Spread):
         if not self.consensus:
             return
         self._heard = {sponsor: bequest[""] - ctx.weights}
-        self._former = {}
+        self._former, self.totals = {}, {}
         for name in bequest.keys() - {""}:
-            if name.startswith(f"{FORMER}\n"):
-                self._former[PeerId(name.split("\n")[1])] = bequest[name]
+            of, peer, *rest = name.split("\n")
+            if not rest:
+                (self._former if of == FORMER else self.totals)[PeerId(peer)] = bequest[name]
                 continue
-            cloud, peer, life = name.split("\n")
+            cloud, (life,) = of, rest
             self._heard[PeerId(peer)] = bequest[name]
             self._met[PeerId(peer)] = cloud
             self._lives[PeerId(peer)] = int(life)

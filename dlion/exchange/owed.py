@@ -159,6 +159,11 @@ class Owed:
         self._whole = self.only.block if self.only is not None else exact(self.flat, copy=False)
         return self._whole
 
+    def strike(self, part: slice) -> None:
+        """What is owed there was said in another way."""
+        if self.latest is not None or self._sum is not None:
+            self.flat[part] = 0
+
     def clear(self) -> None:
         """Nothing is owed any more, nor to be named."""
         self._settle()

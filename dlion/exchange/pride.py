@@ -176,7 +176,7 @@ class Pride(Estates):
         oldest_s = ctx.now - self.trust_steps * ctx.step_s
         while self._assumed and (len(self._assumed) >= self.trust_steps or self._assumed[0].at < oldest_s):
             yield self._drop()
-        yield from self._take_back(mine := (ctx.me, False), until_s=ctx.now)
+        yield from self._take_back(mine := (ctx.me, ctx.cloud), until_s=ctx.now)
         assumed, told = Assumed(ctx.now, values, self._factors(ctx)), self._told(ctx)
         self.reach = ctx.share * (1.0 + assumed.total)
         if self.foresight and told:
@@ -227,7 +227,7 @@ class Pride(Estates):
         link = ctx.links.get(message.hop)
         if link is None or not message.coverage:
             return
-        key = (message.hop, link.cloud == ctx.cloud != message.fields["cloud"])
+        key = (message.hop, str(message.fields["cloud"]) if link.cloud == ctx.cloud else ctx.cloud)
         self._heard_at[key] = ctx.now
         for span in message.coverage:
             self._via[span.origin] = key
@@ -289,7 +289,7 @@ class Pride(Estates):
         self._unsaid_from = state["unsaid_from"]
         if "assumed" in state:
             values = np.array(state["assumed"], dtype=np.float32)
-            self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), False): 1.0}))
+            self._assumed.append(Assumed(-np.inf, values, {(PeerId(""), ""): 1.0}))
 
     # -- what to say ---------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class Pride(Estates):
         if ctx.step >= self._summed_at + len(ctx.members) // SUMMED_PER_STEP:
             self._summed_at, self._speeds = ctx.step, {}
             for peer, member in ctx.members.items():
-                key = self._via.get(peer, (peer, False))
+                key = self._via.get(peer, (peer, ctx.cloud))
                 if peer != ctx.me and key[0] in ctx.links:
                     self._speeds[key] = self._speeds.get(key, 0.0) + self._speed(member, ctx)
         return self._speeds

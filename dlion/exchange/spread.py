@@ -19,8 +19,9 @@ from dlion.exchange.owed import Owed, Piece, exact
 from dlion.messages import Message, PeerId, Span
 from dlion.tensors import Flat
 
-Account = tuple[PeerId, bool]
-"""A neighbour, and whether the updates are passing through from another micro-cloud (a mate must not bridge those)."""
+Account = tuple[PeerId, str]
+"""A neighbour, and from whose side the updates came: our own micro-cloud, or another one, of which we tell our mates
+(who must not bridge that)."""
 CROWD_MIN = 5
 """Members of a micro-cloud whose bridges gather."""
 SUMS_PER_STEP = 4
@@ -138,7 +139,7 @@ class Spread(Exchange):
             theirs = {p for p, member in ctx.members.items() if member.cloud == ctx.links[peer].cloud and p != ctx.me}
             coverage = tuple(Span(p, last, last) for p, last in sorted(self._last.items()) if p not in theirs)
             self._account(peer, ctx.cloud, ctx).add(nothing, coverage)
-        yield from self._tell([(peer, False) for peer in fresh], ctx)
+        yield from self._tell([(peer, ctx.cloud) for peer in fresh], ctx)
 
     def _set_apart(self, ctx: Context) -> None:
         """Who left is in no route any more. What is owed so far goes on from neighbour to neighbour by the plan under
@@ -213,18 +214,18 @@ class Spread(Exchange):
                 elder.add(piece, coverage)
             elif link is not None:
                 self._account(peer, cloud, ctx).add(piece, coverage)
-                accounts.append((peer, link.cloud == ctx.cloud != cloud))
+                accounts.append((peer, side))
         if accounts or self._elder:
             yield from self._tell(accounts, ctx)
 
     def _account(self, peer: PeerId, cloud: str, ctx: Context) -> Owed:
         """The account on which ``peer`` is owed updates of ``cloud``."""
         link = _link(peer, ctx) or ctx.silent[peer]
-        passing = link.cloud == ctx.cloud != cloud
-        owed = self.owed.get((peer, passing))
+        side = cloud if link.cloud == ctx.cloud else ctx.cloud
+        owed = self.owed.get((peer, side))
         if owed is None:
-            owed = self.owed[peer, passing] = Owed(ctx.layout.size, awaited=self.awaited)
-        owed.cloud = cloud if passing else ctx.cloud
+            owed = self.owed[peer, side] = Owed(ctx.layout.size, awaited=self.awaited)
+        owed.cloud = side
         return owed
 
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
@@ -236,8 +237,8 @@ class Spread(Exchange):
             gathering = {a for a in accounts if a[0] in ctx.links and self._gathers(a, ctx, everything)}
             yield from (Timer(self._due[peer], f"pass {peer}") for peer, _ in sorted(gathering))
             accounts = [a for a in accounts if a not in gathering]
-        for side in (True, False):
-            links = [link for peer, passing in accounts if passing is side and (link := _link(peer, ctx)) is not None]
+        for side in sorted({side for _, side in accounts}, key=lambda side: (side == ctx.cloud, side)):
+            links = [link for peer, of in accounts if of == side and (link := _link(peer, ctx)) is not None]
             if links:
                 links.sort(key=lambda k: (-k.rate_bps, k.peer))
                 yield from self._tell_side(links, side, ctx, everything)
@@ -270,11 +271,11 @@ class Spread(Exchange):
             self._said_at[link.peer] = ctx.now
         return False
 
-    def _tell_side(self, links: list[LinkView], passing: bool, ctx: Context, everything: bool) -> Iterator[Action]:
+    def _tell_side(self, links: list[LinkView], side: str, ctx: Context, everything: bool) -> Iterator[Action]:
         """The same thing to many is one Send, encoded once."""
         sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[LinkView]]] = {}
         for link in links:
-            owed = self.owed[link.peer, passing]
+            owed = self.owed[link.peer, side]
             if link.writable_bytes <= 0 or not owed:
                 continue
             block = owed.everything() if everything else self.say(owed, link, ctx)
@@ -300,10 +301,8 @@ class Spread(Exchange):
         self, peer: PeerId, sponsor: PeerId | None, life: int, ctx: Context, message: Message | None = None
     ) -> Iterable[Action]:
         if sponsor is not None:
-            for side in (False, True):
-                self.owed.pop((peer, side), None)
-                if (owed := self.owed.get((sponsor, side))) is not None:
-                    self.owed[peer, side] = owed.twin()
+            kept = {account: owed for account, owed in self.owed.items() if account[0] != peer}
+            self.owed = kept | {(peer, side): owed.twin() for (p, side), owed in kept.items() if p == sponsor}
         self._last.pop(peer, None)
         self._beside.discard(peer)
         return ()

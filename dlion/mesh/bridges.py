@@ -127,6 +127,10 @@ class PeerRoutes:
         return self.plan.mesh
 
     @property
+    def tree(self) -> bool:
+        return self.plan.towards is not None
+
+    @property
     def clouds(self) -> int:
         return len(self.plan.clouds)
 
