@@ -40,7 +40,9 @@ from dlion.observe.summary import evaluations, together
 RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
 RATES = (0.02, 0.05, 0.1)
 """Learning rates to choose from; half the least or twice the greatest is tried too where that is the best."""
-TUNE_SCENARIOS, TUNE_SEED, TUNE_S = ("hetero-system", "homogeneous"), 100, 40.0
+TUNE_SCENARIOS, TUNE_S = ("hetero-system", "homogeneous"), 40.0
+TUNE_SEEDS = (100, 101)
+"""Of the first all rates run, of the second the two that were best."""
 
 ORACLE = "oracle"
 STRATEGIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -248,19 +250,27 @@ def run_all(specs: Iterable[Spec], data: Path, jobs: int, limit_s: float) -> Non
 
 
 def tuned() -> dict[str, float]:
-    """Each strategy's learning rate: the best mean accuracy over the second half of its tuning runs, of those rates
-    that were tried in every tuning scenario."""
-    late: dict[tuple[str, float], dict[str, float]] = {}
+    """Each strategy's learning rate, the best of its rates."""
+    return {strategy: ranked[0] for strategy, ranked in rates_ranked().items()}
+
+
+def rates_ranked() -> dict[str, list[float]]:
+    """Each strategy's learning rates that were tried in every tuning scenario, best first: those that ran on more
+    seeds, then by the mean accuracy over the second half of all their tuning runs."""
+    late: dict[tuple[str, float], dict[tuple[int, str], float]] = {}
     for row in rows():
         spec = row["spec"]
-        if spec["seed"] == TUNE_SEED:
+        if spec["seed"] in TUNE_SEEDS:
             second = [0.0] if row["failed"] else row["mean"][len(row["mean"]) // 2 :]
-            late.setdefault((spec["strategy"], spec["rate"]), {})[spec["scenario"]] = sum(second) / len(second)
-    best: dict[str, tuple[float, float]] = {}
-    for (strategy, rate), by_scenario in late.items():
-        if by_scenario.keys() >= set(TUNE_SCENARIOS):
-            best[strategy] = max(best.get(strategy, (0.0, 0.0)), (sum(by_scenario.values()), rate))
-    return {strategy: rate for strategy, (_, rate) in best.items()}
+            of_rate = late.setdefault((spec["strategy"], spec["rate"]), {})
+            of_rate[spec["seed"], spec["scenario"]] = sum(second) / len(second)
+    found: dict[str, list[tuple[int, float, float]]] = {}
+    for (strategy, rate), runs in late.items():
+        seeds = [seed for seed in TUNE_SEEDS if all((seed, scenario) in runs for scenario in TUNE_SCENARIOS)]
+        if seeds:
+            whole = [late for (seed, _), late in runs.items() if seed in seeds]
+            found.setdefault(strategy, []).append((len(seeds), sum(whole) / len(whole), rate))
+    return {strategy: [rate for *_, rate in sorted(of, reverse=True)] for strategy, of in found.items()}
 
 
 def rate_of(strategy: str, scenario: str, rates: Mapping[str, float]) -> float | None:
@@ -287,16 +297,23 @@ def league() -> None:
 @limit_option
 @strategies_option
 def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
-    """Try every learning rate on two scenarios, on a seed that counts for nothing else."""
+    """Try every learning rate on two scenarios, then the best two on another seed; neither counts for anything else."""
 
-    def specs(names: Iterable[str], rate: float) -> list[Spec]:
-        return [Spec(s, scenario, TUNE_SEED, rate, TUNE_S) for s in names for scenario in TUNE_SCENARIOS]
+    def specs(names: Iterable[str], rate: float, seed: int = TUNE_SEEDS[0]) -> list[Spec]:
+        return [Spec(s, scenario, seed, rate, TUNE_S) for s in names for scenario in TUNE_SCENARIOS]
 
     names = strategies.split(",")
     run_all([spec for rate in RATES for spec in specs(names, rate)], data, jobs, limit_s)
     best = tuned()
     for edge, beyond in ((min(RATES), min(RATES) / 2), (max(RATES), max(RATES) * 2)):
         run_all(specs([s for s in names if best.get(s) == edge], beyond), data, jobs, limit_s)
+    ranked = rates_ranked()
+    run_all(
+        [spec for s in names for r in ranked.get(s, [])[:2] for spec in specs([s], r, TUNE_SEEDS[1])],
+        data,
+        jobs,
+        limit_s,
+    )
 
 
 @league.command()
@@ -331,38 +348,10 @@ def one(data: Path, spec: str) -> None:
 
 
 @league.command()
-def halving() -> None:
-    """What successive halving would have chosen of the rates tried, by the curves of the tuning runs."""
-    runs: dict[str, dict[float, list[dict[str, Any]]]] = {}
-    for row in rows():
-        if (spec := row["spec"])["seed"] == TUNE_SEED and not row["failed"]:
-            runs.setdefault(spec["strategy"], {}).setdefault(spec["rate"], []).append(row)
-
-    def score(rate_rows: list[dict[str, Any]], until_s: float) -> float:
-        """As ``tuned``, had the run ended there."""
-        ends = [np.searchsorted(row["times"], until_s, side="right") for row in rate_rows]
-        return sum(float(np.mean(r["mean"][end // 2 : end])) for r, end in zip(rate_rows, ends, strict=True))
-
-    chosen, spent_s, whole_s = tuned(), 0.0, 0.0
-    for strategy in sorted(chosen):
-        by_rate = runs[strategy]
-        left = [rate for rate, of in by_rate.items() if len(of) == len(TUNE_SCENARIOS)]
-        whole_s += len(left) * TUNE_S
-        until_s, ran_s = TUNE_S / 4, 0.0
-        while len(left) > 1:
-            spent_s += len(left) * (until_s - ran_s)
-            left = sorted(left, key=lambda rate: -score(by_rate[rate], until_s))[: (len(left) + 1) // 2]
-            until_s, ran_s = min(2 * until_s, TUNE_S), until_s
-        lost = score(by_rate[chosen[strategy]], np.inf) - score(by_rate[left[0]], np.inf)
-        click.echo(f"{strategy:16} all: {chosen[strategy]:<5} halved: {left[0]:<5} {50 * lost:5.2f} points worse")
-    click.echo(f"{spent_s / whole_s:.2f} of the virtual seconds")
-
-
-@league.command()
 def page() -> None:
     """Write docs/league.md and its pictures from the results."""
     about, rates = {name: scenario.about for name, scenario in SCENARIOS.items()}, tuned()
-    league_page.write(rows(), rates, lambda *who: rate_of(*who, rates), about, TUNE_SEED, RESULTS.parent)
+    league_page.write(rows(), rates, lambda *who: rate_of(*who, rates), about, TUNE_SEEDS, RESULTS.parent)
 
 
 if __name__ == "__main__":
