@@ -7,7 +7,7 @@ loop. Decoding, admission, hooks, selection, encoding and additions happen here;
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 from msgspec.structs import replace
@@ -39,7 +39,7 @@ from dlion.newcomers import NEWCOMER_KINDS, Newcomers
 from dlion.observe.runlog import Apply, Member, Refuse
 from dlion.once import Once
 from dlion.tensors import Flat, add_scaled
-from dlion.wire.admit import Admit, stranger
+from dlion.wire.admit import Admit, Known, stranger
 from dlion.wire.codec import Malformed, decode, encode
 from dlion.wire.limits import Limits
 
@@ -51,7 +51,7 @@ class Diverged(ArithmeticError):  # noqa: N818 - what happened to the user
 class Replica:
     """The weights and the strategy that changes them. ``run`` is called in the exchange lane only.
 
-    ``peers``: whose updates may be heard (None: anybody's).
+    ``known``: whose updates may be heard (None: anybody's).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Replica:
         admit: Admit,
         limits: Limits,
         *,
-        peers: Collection[PeerId] | None = None,
+        known: Known | None = None,
         cuts: Cuts | None = None,
     ) -> None:
         self.exchange = exchange
@@ -74,7 +74,7 @@ class Replica:
         self._mutex = threading.Lock()
         self._admit = admit
         self._limits = limits
-        self._peers = peers
+        self._known = known
         self._once = Once()
         self._staged: list[tuple[Add, int]] | None = None
         self._draining = self._concluded = False
@@ -173,7 +173,7 @@ class Replica:
         reason = self._admit.check(message)
         if reason is None and int(message.stream) != item.stream:
             reason = "said on another stream than it claims"
-        reason = reason or stranger(message, self._peers)
+        reason = reason or stranger(message, self._known)
         if reason is not None:
             outcome.refused.append((item.hop, reason))
             return
@@ -311,7 +311,7 @@ class Replica:
             self._forget(item.peer)
         else:
             self._become(item.start, 0, 0)
-            self.newcomers.enter(item.sponsor, item.life, 2 * len(self._peers or ()) + 2)
+            self.newcomers.enter(item.sponsor, item.life, 2 * len(self._known.peers if self._known else ()) + 2)
 
     def _forget(self, peer: PeerId) -> None:
         self._once.forget(peer)

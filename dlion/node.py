@@ -30,7 +30,7 @@ from dlion.net.session import SessionLimits
 from dlion.observe.status import State as NodeState
 from dlion.seams import Learner, NodeSettings, Seams
 from dlion.trainlane import TrainLane
-from dlion.wire.admit import Admit
+from dlion.wire.admit import Admit, Known
 from dlion.wire.limits import Limits
 
 __all__ = ("Learner", "Node", "NodeSettings", "Seams")
@@ -90,8 +90,8 @@ class Node:
             shard=workload.train_size,
         )
         admit = Admit(workload.layout.size, exchange.speaks, NODE_KINDS, exchange.blocks)
-        known, cuts = frozenset(topology.peers), self.keeper.cuts
-        self.replica = Replica(exchange, self.ctx, weights, admit, limits, peers=known, cuts=cuts)
+        known, cuts = Known(frozenset(topology.peers), frozenset(topology.clouds)), self.keeper.cuts
+        self.replica = Replica(exchange, self.ctx, weights, admit, limits, known=known, cuts=cuts)
         exchange.awaited = pace.waits
         if pace.staged:
             self.replica.stage()

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from random import Random
+from typing import Any
 
+import numpy as np
 import pytest
+from msgspec import structs
 from node_runs import BATCH, Ran, Softmax, far_off, net, outages, residual, run
 from test_node_life import stopping
 
+from dlion.blocks import dense
+from dlion.cut import Part
 from dlion.exchange import totals
 from dlion.exchange.ako import Ako
-from dlion.exchange.base import Exchange
+from dlion.exchange.base import Add, Exchange, Send
 from dlion.exchange.full import Full
 from dlion.exchange.gaia import Gaia
 from dlion.exchange.pride import Pride
 from dlion.exchange.tfako import TFAko
-from dlion.mesh.topology import Talk
-from dlion.messages import PeerId
+from dlion.mesh.topology import Talk, Topology
+from dlion.messages import Message, PeerId
 from dlion.net.wan import Rate
-from dlion.simulation import Death
+from dlion.simulation import Birth, Death
 from dlion.tensors import disagreement
+from dlion.testing.bench import Bench
+from dlion.testing.conformance import learn
+from dlion.wire.admit import Known, stranger
 
 KINDS: Mapping[str, tuple[Callable[[], Exchange], str]] = {
     "full": (Full, "free"),
@@ -46,9 +55,9 @@ def said(ran: Ran) -> int:
     return sum(e["kind"] == "total" for peer in ran.replicas for e in ran.events(peer, "send"))
 
 
-def apart(ran: Ran) -> float:
-    """How far replicas were from one another when all had been said."""
-    assert disagreement(ran.result.views) < 1e-5
+def apart(ran: Ran, left: str = "") -> float:
+    """How far replicas of those who stayed were from one another when all had been said."""
+    assert disagreement({p: view for p, view in ran.result.views.items() if p != left}) < 1e-5
     return max(far_off(ran).values(), default=0.0)
 
 
@@ -68,12 +77,79 @@ def test_what_a_bridge_took_along_is_made_good(kind: str, what: str, monkeypatch
 
 
 def test_over_narrow_links_a_total_is_said_in_pieces_between_words() -> None:
-    topology = net(SIX, "bridges", mbps=0.1, up=alone(SIX, "b1", CUT))
-    ran = run(topology, Pride, until_s=40.0, workload=partial(Softmax, features=1000))
+    """The model takes a bridge four seconds."""
+    topology = net("a1 a2 | b1 b2", "bridges", mbps=0.5, up=alone("a1 a2 | b1 b2", "b1", CUT))
+    ran = run(topology, Pride, until_s=40.0, workload=partial(Softmax, features=15000))
     assert apart(ran) < 1e-5
     kinds = [e["kind"] for e in ran.events("a1", "send") if e["to"] == "b1"]
     first, last = kinds.index("total"), len(kinds) - kinds[::-1].index("total")
-    assert kinds[first:last].count("total") > 1 and "update" in kinds[first:last]
+    pieces = kinds[first:last].count("total")
+    assert pieces > 5 and kinds[first:last].count("update") >= pieces - 2
+
+
+def narrow_one_way() -> Topology:
+    """From a to b a total takes seconds."""
+    topology = net(
+        "a1 a2 a3 | b1 b2 b3", "bridges", speeds=dict.fromkeys(["a1", "a2", "a3", "b1", "b2", "b3"], BATCH / 0.5)
+    )
+    slow = {n: replace(r, rate=Rate.constant(5e5)) for n, r in topology.resources.items() if n[0] == "a" and ">b" in n}
+    return replace(topology, resources={**topology.resources, **slow})
+
+
+@pytest.mark.parametrize("leaver", ["b2", "a1"])
+def test_an_end_of_a_bridge_that_leaves_while_a_total_is_said_there(leaver: str) -> None:
+    """The next one hears all of it, or says it."""
+    deaths, big = [Death(PeerId("b1"), DEAD)], partial(Softmax, features=20000)
+    ran = run(narrow_one_way(), Pride, until_s=60.0, deaths=deaths, each=stopping(leaver, 22.0), workload=big)
+    times = [e["t"] for e in ran.events("a1", "send") if e["kind"] == "total"]
+    assert min(times) < 22.0 < ran.events(leaver, "end")[0]["t"] and apart(ran, leaver) < 1e-5
+
+
+def test_who_went_on_from_its_checkpoint_still_knows_how_all_began() -> None:
+    """It comes as a newcomer, for the others had gone on, and later says the total of its micro-cloud."""
+    parts: dict[str, Part] = {}
+    b1, b2 = PeerId("b1"), PeerId("b2")
+
+    def seams(peer: str) -> dict[str, Any]:
+        resume = {"resume": parts[peer]} if peer in parts else {}
+        return {"keep": lambda part: parts.update({peer: part}), **resume}
+
+    ran = run(
+        net("a1 a2 | b1 b2", "bridges", mbps=5.0),
+        Full,
+        pace="free",
+        until_s=60.0,
+        deaths=[Death(b2, 8.0), Death(b1, 25.0)],
+        births=[Birth(b2, 12.0)],
+        settings={"checkpoint_every_s": 5.0},
+        seams=seams,
+    )
+    assert any(e["kind"] == "total" for e in ran.events("b2", "send")) and apart(ran) < 1e-5
+
+
+def test_a_piece_that_comes_late_takes_nothing_back() -> None:
+    """It was on the way when its link went out for long; meanwhile others have told more than that."""
+    bench = Bench(Full, {"a1": "A", "a2": "A", "b1": "B"}, talk="bridges", pace="free")
+    bench.now = 100.0
+    for _ in range(3):
+        bench.step("b1", learn)
+        bench.deliver_all()
+    a1 = bench.seats[PeerId("a1")]
+    exchange, before = a1.exchange, a1.ctx.weights.copy()
+    assert isinstance(exchange, Full)
+    old = Message("total", 0, fields={"cloud": "B"}, blocks=(dense(np.zeros_like(before)),), hop=PeerId("b1"))
+    exchange._calm_at = bench.now + totals.CALM_S
+    assert not list(exchange.on_message(PeerId("b1"), old, a1.ctx))
+    exchange._calm_at = bench.now
+    assert [type(action) for action in exchange.on_message(PeerId("b1"), old, a1.ctx)] == [Add, Send]
+
+
+@pytest.mark.parametrize("kind", ["total", "update"])
+def test_micro_clouds_that_are_none_take_no_memory(kind: str) -> None:
+    known = Known(frozenset({PeerId("a1")}), frozenset({"a"}))
+    message = Message(kind, fields={"cloud": "a"}, origin=PeerId("a1"), hop=PeerId("a1"))
+    assert stranger(message, known) is None
+    assert stranger(structs.replace(message, fields={"cloud": "x"}), known) == f"{kind}: no micro-cloud is called 'x'"
 
 
 @pytest.mark.parametrize(

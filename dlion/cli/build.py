@@ -208,6 +208,15 @@ def batcher_of(plan: Plan, peer: PeerId, train_size: int) -> Batcher:
     return Weighted(peer, sizes)
 
 
+def talking(plan: Plan) -> Plan:
+    """``plan``, with how its peers talk: as the strategy, if known here, likes where the topology does not say."""
+    try:
+        bridged = exchange.find(plan.job.exchange.name).bridged
+    except UnknownNameError:
+        return plan
+    return replace(plan, topology=plan.topology.settled(bridged=bridged))
+
+
 def learner_of(plan: Plan, peer: PeerId, workload: Workload, strategy: Exchange) -> Learner:
     """What ``peer`` computes, by the job; raises ConfigError when the workload's own optimizer does not fit."""
     job = plan.job
@@ -288,7 +297,7 @@ def node_of(
     """The node of ``peer``, with its header written. ``learner``: in place of the job's, around ``workload``."""
     job = plan.job
     strategy = exchange_of(plan)
-    plan = replace(plan, topology=plan.topology.settled(bridged=strategy.bridged))
+    plan = talking(plan)
     learner = learner or learner_of(plan, peer, workload, strategy)
     identity = identity_of(plan, peer, workload, incarnation)
     if seams.resume is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from dlion.cli.build import talking
 from dlion.cli.errors import BAD_DATA, Fault, writing
 from dlion.cli.planfile import NAME, load_plan
 from dlion.config import load_topology
@@ -31,7 +32,7 @@ def command(directory: Path, out: Path) -> None:
     """
     run = read_directory(directory)
     found = whole(recorded(run), directory)
-    talk = load_plan(directory).topology.talk if (directory / NAME).exists() else "auto"
+    talk = talking(load_plan(directory)).topology.talk if (directory / NAME).exists() else "auto"
     with writing(out):
         path = write(found, run, talk, out)
     made = load_topology(path)

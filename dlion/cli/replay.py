@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from dlion.cli.build import Plan, check
+from dlion.cli.build import Plan, check, talking
 from dlion.cli.options import changes_of, flags_of
 from dlion.cli.planfile import load_plan
 from dlion.cli.record import doubts, whole
@@ -89,7 +89,7 @@ def command(directory: Path, all_recorded: bool, out: Path | None, as_json: bool
 
 def load_recorded(directory: Path, all_recorded: bool = False) -> Recorded:
     """The run in ``directory`` and the plan that plays it again. Raises Fault, DamagedLogError, OSError."""
-    run, plan = read_directory(directory), load_plan(directory)
+    run, plan = read_directory(directory), talking(load_plan(directory))
     live = any(log.host for log in run.peers.values())
     network, notes = plan.topology, list[str]()
     silent = [peer for peer in plan.peers if peer not in run.peers]

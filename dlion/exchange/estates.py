@@ -168,6 +168,8 @@ class Estates(Totals):
             return
         self._heard = {sponsor: bequest[""] - ctx.weights}
         self._former, self.totals = {}, {}
+        if self._start is not None:  # it may have begun with a checkpoint's
+            self._start = ctx.weights.copy()
         for name in bequest.keys() - {""}:
             of, peer, *rest = name.split("\n")
             if not rest:

@@ -243,12 +243,13 @@ class Pride(Estates):
         yield from super().on_members(ctx)
 
     def view(self, weights: Flat) -> Flat:
-        if not self._assumed:
-            return weights
-        view = weights.copy()
+        return self.part(weights, slice(None)) if self._assumed else weights
+
+    def part(self, weights: Flat, here: slice) -> Flat:
+        part = weights[here].copy()
         for a in self._assumed:
-            add_scaled(view, a.values, -a.total)
-        return view
+            add_scaled(part, a.values[here], -a.total)
+        return part
 
     def drain(self, ctx: Context) -> Iterable[Action]:
         """Nothing is assumed any more, and everything that is owed is said exactly, as fast as the allowance lets."""

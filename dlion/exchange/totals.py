@@ -14,44 +14,52 @@ link comes on top. (Not along a tree, nor among more than ``CLOUDS_MAX`` micro-c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
 from dlion.blocks import Block, dense
 from dlion.exchange.base import Action, Add, Context, Send, Speech
-from dlion.exchange.spread import Account, Spread
+from dlion.exchange.spread import CALM_S, Account, Spread
 from dlion.messages import Message, PeerId
 from dlion.tensors import Flat
 
 CLOUDS_MAX = 4
 """Micro-clouds of which totals are kept."""
-PIECES_MAX = 16
-"""In how many pieces a total is said, at most."""
+PIECE_ENTRIES_MIN = 4096
+"""Of a total, unless there are fewer."""
 
 
 class Totals(Spread):
     """Base: remembers the sum of what came over bridges, and says its own micro-cloud's when somebody was away."""
 
     speaks: ClassVar[Speech] = {**Spread.speaks, "total": {"cloud": str}}
-    blocks: ClassVar[Mapping[str, int]] = {"total": 1}
+    blocks: ClassVar[Mapping[str, int]] = {"update": 1, "total": 1}
 
     def __init__(self) -> None:
         super().__init__()
         self.totals: dict[str, Flat] = {}
         """By micro-cloud, other than ours."""
         self._start: Flat | None = None
-        self._seen: set[PeerId] = set()
-        """Who ever lived."""
+        self._there: dict[PeerId, int] = {}
+        """Who was ever there, and in which life."""
         self._away = False
         """Somebody was silent, or is back, and our total has not been said since."""
         self._telling: dict[PeerId, int] = {}
         """The bridges that are being told it, and the entry at which each goes on."""
+        self._words_next: set[PeerId] = set()
+        """Those that were just told a piece."""
+        self._piece_at = -CALM_S
+        """When a piece was last said or heard."""
 
     def unsaid(self) -> Flat:
         """Own steps that are in the replica and will be told later, to all alike."""
         return np.zeros(self._size, dtype=np.float32)
+
+    def part(self, weights: Flat, here: slice) -> Flat:
+        """That part of the view."""
+        return self.view(weights[here])
 
     def setup(self, ctx: Context) -> None:
         super().setup(ctx)
@@ -68,12 +76,14 @@ class Totals(Spread):
         return message.fields["cloud"] != ctx.cloud and self._adds_up(ctx)
 
     def on_members(self, ctx: Context) -> Iterable[Action]:
-        living = ctx.members.keys()
-        lost, back = self._living - living, (living - self._living) & self._seen
-        left = ctx.routes.name != self._plan  # which takes nothing along
-        if self._last and (back or (lost and not left)):
-            self._away = True
-        self._seen |= living
+        """A loss and a return call for totals, but not who leaves, or begins a new life: those take nothing along. Any
+        change does while totals are being said: not all know of it at once, and the ends of a bridge may be new."""
+        lost = len(self._living - ctx.members.keys()) - (ctx.routes.name != self._plan)
+        lives = {peer: member.life for peer, member in ctx.members.items()}
+        back = any(self._there.get(peer) == lives[peer] for peer in lives.keys() - self._living)
+        meanwhile = lives.keys() != self._living and ctx.now < self._piece_at + CALM_S
+        self._away = self._away or (bool(self._last) and (back or lost > 0 or meanwhile))
+        self._there.update(lives)
         return super().on_members(ctx)
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
@@ -86,18 +96,22 @@ class Totals(Spread):
             yield from self._make_good(message, ctx)
 
     def _make_good(self, message: Message, ctx: Context) -> Iterator[Action]:
-        """A piece of another micro-cloud's total."""
+        """A piece of another micro-cloud's total. One from before the last change, when all waited, is told anew."""
+        cloud = str(message.fields["cloud"])
+        hop = ctx.links.get(message.hop)
+        if hop is None or hop.cloud not in (ctx.cloud, cloud) or ctx.now < self._calm_at - CALM_S / 2:
+            return
+        self._piece_at = ctx.now
         block, total = message.blocks[0], self._total_of(message)
         here, said = slice(block.start, block.start + block.size), np.zeros_like(total)
         block.add_to(said)
         missed = said[here] - total[here]
         total[here] = said[here]
         yield Add(dense(missed, start=block.start), message=message)
-        cloud = str(message.fields["cloud"])
-        for peer in ctx.routes.onward(message.hop, cloud):
-            if peer in ctx.links and ctx.links[peer].cloud == ctx.cloud:
-                yield Send((peer,), message)
-                self._strike((peer, cloud), here)
+        onward = ctx.routes.onward(message.hop, cloud)
+        if mates := tuple(p for p in onward if p in ctx.links and ctx.links[p].cloud == ctx.cloud):
+            yield Send(mates, message)
+            self._strike([(peer, cloud) for peer in mates], here)
 
     def _total_of(self, message: Message) -> Flat:
         """All that came from the side of whoever says this."""
@@ -108,12 +122,14 @@ class Totals(Spread):
 
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
         if (self._away or self._telling) and not everything:
-            yield from self._tell_total(ctx)
+            accounts = list(accounts)
+            yield from self._tell_total({peer for peer, _ in accounts}, ctx)
         yield from super()._tell(accounts, ctx, everything=everything)
 
-    def _tell_total(self, ctx: Context) -> Iterator[Action]:
-        """The next piece to each bridge that can take something, once all have agreed on who lives."""
-        if self._elder or ctx.now < self._calm_at or ctx.routes.tree or not self._adds_up(ctx):
+    def _tell_total(self, hear: Collection[PeerId], ctx: Context) -> Iterator[Action]:
+        """The next piece to each bridge that can take something, once all have agreed on who lives; and then it is the
+        turn of the words that it may ``hear``."""
+        if self.lags(ctx) or ctx.now < self._calm_at or ctx.routes.tree or not self._adds_up(ctx):
             return
         told = ctx.routes.onward(None, ctx.cloud)
         if self._away:
@@ -127,36 +143,45 @@ class Totals(Spread):
             link = ctx.links.get(peer)
             if link is None or peer not in told:
                 del self._telling[peer]
-            elif link.writable_bytes > 0:
-                size = max(-(-self._size // PIECES_MAX), self.budget_bytes(link, ctx) // 8)  # half of it is for words
-                here = slice(at, min(at + size, self._size))
+            elif link.writable_bytes <= 0:
+                continue
+            elif peer in self._words_next:
+                self._words_next -= {peer} & {*hear}
+            else:
+                room_bytes = max(link.writable_bytes, self.budget_bytes(link, ctx))
+                here = slice(at, min(at + max(room_bytes // 8, PIECE_ENTRIES_MIN), self._size))  # half of the room
                 blocks = (self._ours(here, ctx),)
                 yield Send((peer,), Message("total", ctx.step, fields={"cloud": ctx.cloud}, blocks=blocks))
-                self._strike((peer, ctx.cloud), here)
-                self._telling[peer] = here.stop
+                self._strike([(peer, ctx.cloud)], here)
+                self._telling[peer], self._piece_at = here.stop, ctx.now
+                self._words_next.add(peer)
                 if here.stop == self._size:
                     del self._telling[peer]
 
-    def _strike(self, account: Account, here: slice) -> None:
+    def _strike(self, accounts: Iterable[Account], here: slice) -> None:
         """What was owed there is part of what was said."""
-        if account in self.owed:
-            self.owed[account].strike(here)
+        for account in accounts:
+            if account in self.owed:
+                self.owed[account].strike(here)
 
     def _ours(self, here: slice, ctx: Context) -> Block:
         """A piece of what our own micro-cloud has told."""
         assert self._start is not None
-        ours = self.view(ctx.weights)[here] - self.unsaid()[here] - self._start[here]
+        ours = self.part(ctx.weights, here) - self.unsaid()[here] - self._start[here]
         for total in self.totals.values():
             ours -= total[here]
         return dense(ours, start=here.start)
 
     def state(self) -> dict[str, Any]:
         start = {} if self._start is None else {"start": self._start}
-        return {**super().state(), **start, "totals": self.totals, "away": self._away or bool(self._telling)}
+        mine = {"totals": self.totals, "away": self._away or bool(self._telling), "lived": dict(self._there)}
+        return {**super().state(), **start, **mine}
 
     def restore(self, state: Mapping[str, Any], ctx: Context) -> None:
         super().restore(state, ctx)
         self.totals = {cloud: np.array(flat, dtype=np.float32) for cloud, flat in state["totals"].items()}
-        self._away = state["away"]
+        self._there.update(state["lived"])
+        self._away = state["away"] or not self._there.keys() <= ctx.members.keys()
+        self._calm_at = ctx.now + CALM_S
         if "start" in state:
             self._start = np.array(state["start"], dtype=np.float32)

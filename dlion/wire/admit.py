@@ -7,7 +7,8 @@ policy adds what only the receiver knows: which kinds and fields are understood,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from dlion.messages import Message, PeerId, Scalar
 
@@ -71,15 +72,24 @@ class Admit:
         return None
 
 
-def stranger(message: Message, peers: Collection[PeerId] | None) -> str | None:
-    """Is it said in the name of anybody who is not in the topology? ``peers``: all of it; None: anybody may speak."""
-    if peers is None:
+class Known(NamedTuple):
+    """Who may speak, and for which micro-clouds."""
+
+    peers: frozenset[PeerId]
+    clouds: frozenset[str]
+
+
+def stranger(message: Message, known: Known | None) -> str | None:
+    """Is it said in the name of anybody who is not in the topology? None: anybody may speak."""
+    if known is None:
         return None
-    peer = message.fields.get("peer")
+    peer, cloud = message.fields.get("peer"), message.fields.get("cloud")
     named = peer.split(" ") if isinstance(peer, str) else ()
     for name in (message.origin, message.hop, *named, *(span.origin for span in message.coverage)):
-        if name not in peers:
+        if name not in known.peers:
             return f"{message.kind}: {name[:64]!r} is not in the topology"
+    if isinstance(cloud, str) and cloud not in known.clouds:
+        return f"{message.kind}: no micro-cloud is called {cloud[:64]!r}"
     return None
 
 
