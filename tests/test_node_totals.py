@@ -71,9 +71,10 @@ def test_what_a_bridge_took_along_is_made_good(kind: str, what: str, monkeypatch
     played = partial(run, net(SIX, "bridges", mbps=1.0, up=up), make, pace=pace, until_s=LATER_S, deaths=deaths)
     ran = played()
     assert apart(ran) < 1e-5 and said(ran)
-    monkeypatch.setattr(totals, "CLOUDS_MAX", 0)
-    ran = played()
-    assert apart(ran) > 1e-3 and not said(ran), "it would have been so without"
+    if kind in ("full", "pride"):
+        monkeypatch.setattr(totals, "CLOUDS_MAX", 0)
+        ran = played()
+        assert apart(ran) > 1e-3 and not said(ran), "it would have been so without"
 
 
 def test_over_narrow_links_a_total_is_said_in_pieces_between_words() -> None:
