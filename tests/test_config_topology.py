@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from dlion.cli.options import TALKS
 from dlion.config import ConfigError, load_topology
-from dlion.mesh.topology import Topology
+from dlion.mesh.topology import Talk, Topology
 from dlion.messages import PeerId
 
 TWO = """
@@ -85,6 +87,7 @@ def cut(topology: Topology, *ends: str) -> Topology:
 def test_how_peers_talk_is_as_the_strategy_likes_unless_the_file_says() -> None:
     """A mesh or bridges, and the other one where links that it needs are missing; the same object every time, for plans
     are made once for all nodes of a process that have the same."""
+    assert get_args(Talk) == TALKS, "what the command line offers"
     six, hosts = load_topology("hetero-system"), load_topology("three-hosts")
     for topology, flat, bridged in (
         (six, "mesh", "bridges"),

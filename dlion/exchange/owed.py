@@ -68,8 +68,6 @@ class Owed:
         """Where a strategy that says partitions in turn is: (next, of how many)."""
         self.unsaid = 0
         """At least so many entries were not said since something was added."""
-        self.cloud = ""
-        """Micro-cloud from whose side these updates came."""
         self._sum: Flat | None = None
         self._dust = False
         """The sum is only what rounding left."""
@@ -178,7 +176,7 @@ class Owed:
     def twin(self) -> Owed:
         """An account of another neighbour that is owed the same."""
         made = Owed(self.size, awaited=self.awaited)
-        made.latest, made.cursor, made.cloud = self.latest, self.cursor, self.cloud
+        made.latest, made.cursor = self.latest, self.cursor
         made.unsaid = self.size if self else 0
         made._sum, made._dust = None if self._sum is None else self._sum.copy(), self._dust
         made._spans, made._coverage = dict(self._spans), None
@@ -193,7 +191,6 @@ class Owed:
             "spans": self._spans,
             "cursor": self.cursor,
             "unsaid": self.unsaid,
-            "cloud": self.cloud,
         }
 
     @classmethod
@@ -206,7 +203,7 @@ class Owed:
             made._sum = np.array(state["sum"], dtype=np.float32)
         made._dust = state["dust"]
         made._spans, made._coverage, made.cursor = dict(state["spans"]), None, tuple(state["cursor"])
-        made.unsaid, made.cloud = state["unsaid"], state["cloud"]
+        made.unsaid = state["unsaid"]
         return made
 
     def _exact(self, block: Block) -> bool:

@@ -148,8 +148,8 @@ class Spread(Exchange):
         if before == self._plan:
             return
         for account, owed in list(self.owed.items()):
-            if owed and not self._alike(before, account[0], owed.cloud, ctx):
-                elder = self._elder.setdefault((before, account[0], owed.cloud), owed)
+            if owed and not self._alike(before, *account, ctx):
+                elder = self._elder.setdefault((before, *account), owed)
                 if elder is not owed:  # that plan was the present one before, and came again
                     elder.add(_piece(owed, ctx), owed.coverage)
                 del self.owed[account]
@@ -225,7 +225,6 @@ class Spread(Exchange):
         owed = self.owed.get((peer, side))
         if owed is None:
             owed = self.owed[peer, side] = Owed(ctx.layout.size, awaited=self.awaited)
-        owed.cloud = side
         return owed
 
     def _tell(self, accounts: Iterable[Account], ctx: Context, *, everything: bool = False) -> Iterator[Action]:
@@ -250,8 +249,7 @@ class Spread(Exchange):
             if link is not None and link.writable_bytes > 0:
                 owed = self._elder.pop((plan, peer, cloud))
                 block = owed.everything()
-                owed.cloud = cloud
-                yield Send((peer,), self._message(owed, block, plan, ctx))
+                yield Send((peer,), self._message(owed, block, cloud, plan, ctx))
 
     def _gathers(self, account: Account, ctx: Context, everything: bool) -> bool:
         """Does the bridge to this neighbour wait for more to say?"""
@@ -273,7 +271,7 @@ class Spread(Exchange):
 
     def _tell_side(self, links: list[LinkView], side: str, ctx: Context, everything: bool) -> Iterator[Action]:
         """The same thing to many is one Send, encoded once."""
-        sends: dict[tuple[int, tuple[Span, ...], str], tuple[Message, list[LinkView]]] = {}
+        sends: dict[tuple[int, tuple[Span, ...]], tuple[Message, list[LinkView]]] = {}
         for link in links:
             owed = self.owed[link.peer, side]
             if link.writable_bytes <= 0 or not owed:
@@ -281,18 +279,18 @@ class Spread(Exchange):
             block = owed.everything() if everything else self.say(owed, link, ctx)
             if block is None:
                 continue
-            message = self._message(owed, block, ctx.routes.name, ctx)
-            sends.setdefault((id(block), message.coverage, owed.cloud), (message, []))[1].append(link)
+            message = self._message(owed, block, side, ctx.routes.name, ctx)
+            sends.setdefault((id(block), message.coverage), (message, []))[1].append(link)
         for message, to in sends.values():
             to.sort(key=lambda link: link.peer)
             yield Send(tuple(k.peer for k in to), message, tuple(self.budget_bytes(k, ctx) for k in to))
 
-    def _message(self, owed: Owed, block: Block, plan: str, ctx: Context) -> Message:
-        """``block`` of ``owed`` goes out."""
+    def _message(self, owed: Owed, block: Block, side: str, plan: str, ctx: Context) -> Message:
+        """``block`` of ``owed``, from that side, goes out."""
         origin = owed.latest.origin if owed.latest is not None and block is owed.latest.block else ctx.me
         coverage = owed.said(block, keep=self.keep)
         step = max((span.last for span in coverage), default=ctx.step)
-        fields = {"cloud": owed.cloud, "plan": plan} if plan else {"cloud": owed.cloud}
+        fields = {"cloud": side, "plan": plan} if plan else {"cloud": side}
         return Message("update", step, 0, fields, (block,), coverage, origin=origin)
 
     # -- newcomers -----------------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ class Totals(Spread):
             elif link.writable_bytes <= 0:
                 continue
             elif peer in self._words_next:
-                self._words_next -= {peer} & {*hear}
+                if peer in hear:
+                    self._words_next.discard(peer)
             else:
                 room_bytes = max(link.writable_bytes, self.budget_bytes(link, ctx))
                 here = slice(at, min(at + max(room_bytes // 8, PIECE_ENTRIES_MIN), self._size))  # half of the room
