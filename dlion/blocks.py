@@ -84,7 +84,10 @@ def block_bytes(encoding: Encoding, size: int, count: int | None = None) -> int:
 
 
 class Block(Struct, frozen=True, eq=False, dict=True):
-    """Entries of the range [start, start + size) of a flat buffer, all of them or those at ``indices``."""
+    """Entries of the range [start, start + size) of a flat buffer, all of them or those at ``indices``.
+
+    Beside its fields it keeps what is made of it once: its ``values``, and of one that was heard its bytes (``wire``).
+    """
 
     start: int
     size: int

@@ -152,13 +152,12 @@ def held_bytes(root: object) -> int:
     waiting = [root]
     while waiting:
         each = waiting.pop()
-        if id(each) in seen or isinstance(each, (str, bytes, bytearray, memoryview, type)):
+        if id(each) in seen or isinstance(each, (str, bytes, bytearray, type)):
             continue
         seen.add(id(each))
-        if isinstance(each, np.ndarray):
-            while isinstance(each.base, np.ndarray):
-                each = each.base
-            found[id(each if each.base is None else each.base)] = each.nbytes
+        if isinstance(each, (np.ndarray, memoryview)):
+            owner, nbytes = _owner(each)
+            found[id(owner)] = nbytes
         elif isinstance(each, Mapping):
             waiting.extend(each.values())
         elif isinstance(each, Collection):
@@ -167,3 +166,14 @@ def held_bytes(root: object) -> int:
             waiting.extend(getattr(each, "__dict__", {}).values())
             waiting.extend(getattr(each, name) for name in getattr(each, "__struct_fields__", ()))
     return sum(found.values())
+
+
+def _owner(view: object) -> tuple[object, int]:
+    """Whose memory it is, and how much that is in all."""
+    nbytes = 0
+    while isinstance(view, (np.ndarray, memoryview)):
+        inner, nbytes = view.base if isinstance(view, np.ndarray) else view.obj, view.nbytes
+        if inner is None:
+            break
+        view = inner
+    return view, len(view) if isinstance(view, (bytes, bytearray)) else nbytes

@@ -118,6 +118,27 @@ def test_zstd_is_used_where_it_pays_and_changes_nothing(encoding: Encoding, zero
     assert_same_block(block, decode(data, Limits.of(block.size)).blocks[0])
 
 
+@given(some_blocks(), st.integers(0, 3))
+def test_a_block_that_was_heard_goes_on_in_its_bytes(block: Block, offset: int) -> None:
+    """In another message, too; and after those bytes have gone from wherever they came."""
+    first = encode(Message("m", blocks=(block,)))
+    heard = decode(memoryview(bytes(offset) + first)[offset:], LIMITS).blocks[0]
+    again = encode(Message("longer", 3, blocks=(block, heard)))
+    assert again == encode(Message("longer", 3, blocks=(block, block)))
+    for found in decode(again, LIMITS).blocks:
+        assert_same_block(block, found)
+
+
+def test_what_was_heard_is_not_compressed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not compress is passed on as he speaks: a second pass would cost a bridge more than it saves."""
+    block = dense(np.ones(1 << 16, dtype=np.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr("dlion.wire.codec.ZSTD_BYTES_MIN", 1 << 30)
+        plain = encode(Message("m", blocks=(block,)))
+    assert len(encode(Message("m", blocks=(block,)))) < len(plain) / 10
+    assert encode(decode(plain, Limits.of(block.size))) == plain
+
+
 def test_a_frame_does_not_depend_on_thread_or_frames_before() -> None:
     rng = np.random.default_rng(4)
     blocks = [dense(rng.standard_normal(size).astype(np.float32), Encoding.I4) for size in (1 << 16, 1 << 17)]

@@ -130,7 +130,13 @@ def encode(message: Message) -> bytes:
 
 
 def _write_block(block: Block, parts: list[Any]) -> _Header:
-    """Appends the body to ``parts``. Arrays go in as they are: joining copies them once."""
+    """Appends the body to ``parts``. Arrays go in as they are: joining copies them once. A block that was heard goes on
+    in the bytes in which it came."""
+    header: _Header
+    if (heard := vars(block).get("wire")) is not None:
+        header, body = heard
+        parts.append(body)
+        return header
     codes, scales, indices = block.codes, block.scales, block.indices
     flags, count, index_size = 0, block.size, 0
     stored = codes.nbytes if scales is None else codes.nbytes + scales.nbytes
@@ -187,7 +193,9 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits, *, hop: PeerId 
     at += len(pad)
     blocks = []
     for header, body_bytes in zip(envelope.headers, _body_sizes(envelope.headers, limits, total - at), strict=True):
-        blocks.append(_read_block(header, data, at))
+        block = _read_block(header, data, at)
+        vars(block)["wire"] = header, memoryview(data)[at : at + body_bytes]
+        blocks.append(block)
         at += body_bytes
     return Message(
         envelope.kind,
