@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -295,3 +296,23 @@ def test_shutdown_ends_every_link_also_one_whose_reader_sleeps(loop: str) -> Non
             await ear.until(lambda ear=ear: bool(ear.lost))  # type: ignore[misc]
 
     on(loop, body())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_who_connects_while_we_close_is_not_forgotten(loop: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Wherever the close comes between the kernel's accept and the transport (python/cpython#109564)."""
+
+    async def body() -> None:
+        for turns in range(8):
+            site = await serve(peer_application(Peer().accept), "127.0.0.1", 0)
+            with socket.create_connection(("127.0.0.1", site.port)) as late:
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                await site.close()
+                late.settimeout(5.0)
+                with suppress(ConnectionResetError):
+                    assert late.recv(1) == b""
+            gc.collect()
+
+    on(loop, body())
+    assert not [str(warning.message) for warning in recwarn]
