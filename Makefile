@@ -1,6 +1,6 @@
 # Four verbs: demo, test, check, bench. Each makes the environment it needs; the second call finds it ready.
 #   make demo PYTHON=python3.13    another interpreter
-#   make test ARGS="-k topology"   arguments for pytest; ARGS="-m slow" runs the slow ones
+#   make test ARGS="-k topology"   arguments for pytest; ARGS="-m slow" runs the slow ones; ARGS="-n 0" all in one process
 #   make test EXTRAS=dev,torch     with PyTorch too, and the tests that need it
 
 PYTHON ?= python3
@@ -23,7 +23,7 @@ demo: $(READY)
 	$(BIN)/dlion demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .

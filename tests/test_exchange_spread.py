@@ -6,7 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dlion.blocks import Encoding, compress
@@ -71,6 +71,7 @@ def counting(step_count: int, peers: list[str]) -> tuple[Layout, object]:
     return Layout(("w",), ((len(index),),)), unit
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
     st.sampled_from(["mesh", "bridges", "tree"]),
