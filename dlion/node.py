@@ -69,7 +69,7 @@ class Node:
         self.meter = self.journal.meter
         session_limits = SessionLimits(
             message_bytes_max=limits.message_bytes_max, unacked_bytes_max=s.unacked_bytes_max, queue_s=s.queue_s
-        )
+        ).narrowed(s.wan_bytes_per_s)
         self._phase, rng = float(chance[2].generate_state(1)[0]) / 2**32, np.random.default_rng(chance[1])
         self.company = Company(identity, topology, s, seams.dialer, session_limits, rng, self.journal)
         self.company.last_view.size = workload.layout.size * exchange.last_view

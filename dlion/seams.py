@@ -46,6 +46,8 @@ class NodeSettings:
     """Inadmissible messages from one peer before it is quarantined."""
     unacked_bytes_max: int = 64 << 20
     queue_s: float = 0.09
+    wan_bytes_per_s: float = 0.0
+    """What links between micro-clouds are held to; 0: nothing holds them. (The dialer and the door do it.)"""
     exchange_s_per_byte: float = 4e-10
     exchange_s_per_item: float = 7e-5
     """Modelled cost of the exchange lane, per byte read or written and per item (simulation only). Measured by

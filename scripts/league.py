@@ -39,7 +39,9 @@ from dlion.observe.summary import evaluations, together
 
 RESULTS = Path(__file__).parent.parent / "docs" / "league" / "results.jsonl"
 RATES = (0.02, 0.05, 0.1)
-"""Learning rates to choose from; half the least or twice the greatest is tried too where that is the best."""
+"""Learning rates to choose from; half the least or twice the greatest is tried too where that is the best, ..."""
+BEYOND_MAX = 2
+"""... and so on, so often."""
 TUNE_SCENARIOS, TUNE_S = ("hetero-system", "homogeneous"), 40.0
 TUNE_SEEDS = (100, 101)
 """Of the first all rates run, of the second the two that were best."""
@@ -254,23 +256,30 @@ def tuned() -> dict[str, float]:
     return {strategy: ranked[0] for strategy, ranked in rates_ranked().items()}
 
 
-def rates_ranked() -> dict[str, list[float]]:
+def rates_ranked(tune_seeds: tuple[int, ...] = TUNE_SEEDS) -> dict[str, list[float]]:
     """Each strategy's learning rates that were tried in every tuning scenario, best first: those that ran on more
     seeds, then by the mean accuracy over the second half of all their tuning runs."""
     late: dict[tuple[str, float], dict[tuple[int, str], float]] = {}
     for row in rows():
         spec = row["spec"]
-        if spec["seed"] in TUNE_SEEDS:
+        if spec["seed"] in tune_seeds:
             second = [0.0] if row["failed"] else row["mean"][len(row["mean"]) // 2 :]
             of_rate = late.setdefault((spec["strategy"], spec["rate"]), {})
             of_rate[spec["seed"], spec["scenario"]] = sum(second) / len(second)
     found: dict[str, list[tuple[int, float, float]]] = {}
     for (strategy, rate), runs in late.items():
-        seeds = [seed for seed in TUNE_SEEDS if all((seed, scenario) in runs for scenario in TUNE_SCENARIOS)]
+        seeds = [seed for seed in tune_seeds if all((seed, scenario) in runs for scenario in TUNE_SCENARIOS)]
         if seeds:
             whole = [late for (seed, _), late in runs.items() if seed in seeds]
             found.setdefault(strategy, []).append((len(seeds), sum(whole) / len(whole), rate))
     return {strategy: [rate for *_, rate in sorted(of, reverse=True)] for strategy, of in found.items()}
+
+
+def beyond(ranked: list[float]) -> list[float]:
+    """What to try next where the best is the least or the greatest that was tried."""
+    if not ranked or min(ranked) < ranked[0] < max(ranked):
+        return []
+    return [ranked[0] / 2 if ranked[0] == min(ranked) else ranked[0] * 2]
 
 
 def rate_of(strategy: str, scenario: str, rates: Mapping[str, float]) -> float | None:
@@ -304,16 +313,12 @@ def tune(data: Path, jobs: int, limit_s: float, strategies: str) -> None:
 
     names = strategies.split(",")
     run_all([spec for rate in RATES for spec in specs(names, rate)], data, jobs, limit_s)
-    best = tuned()
-    for edge, beyond in ((min(RATES), min(RATES) / 2), (max(RATES), max(RATES) * 2)):
-        run_all(specs([s for s in names if best.get(s) == edge], beyond), data, jobs, limit_s)
-    ranked = rates_ranked()
-    run_all(
-        [spec for s in names for r in ranked.get(s, [])[:2] for spec in specs([s], r, TUNE_SEEDS[1])],
-        data,
-        jobs,
-        limit_s,
-    )
+    for _ in range(BEYOND_MAX):
+        ranked = rates_ranked(TUNE_SEEDS[:1])
+        run_all([spec for s in names for r in beyond(ranked.get(s, [])) for spec in specs([s], r)], data, jobs, limit_s)
+    ranked = rates_ranked(TUNE_SEEDS[:1])
+    best = [spec for s in names for r in ranked.get(s, [])[:2] for spec in specs([s], r, TUNE_SEEDS[1])]
+    run_all(best, data, jobs, limit_s)
 
 
 @league.command()

@@ -59,7 +59,7 @@ def test_an_origin_is_that_of_the_nearest_key_above() -> None:
         (["--set", "exchange.settings.bits=x"], 'flag exchange.settings.bits: found "x"; expected int\n'),
         (
             ["--exchange", "full", "--set", "budget.wan_bytes_per_s=9"],
-            "flag budget.wan_bytes_per_s: full keeps no budget;",
+            "flag budget.wan_bytes_per_s: found 9 bytes; expected at least 1000",
         ),
         (["--set", "job.workload=digitz"], 'flag job.workload: found "digitz"; expected one of toy, digits,'),
         (["--set", "job.workload=no.where:f"], "flag job.workload: found \"no.where:f\": there is no module 'no'\n"),

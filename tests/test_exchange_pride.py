@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlion.cli.build import Plan, exchange_of
+from dlion.cli.build import Plan
 from dlion.cli.simulate import Played, play
-from dlion.config import ConfigError, load_job, load_topology
+from dlion.config import load_job, load_topology
 from dlion.exchange.base import Add, Update
-from dlion.exchange.pride import ECHO_PER_SAMPLE, SAVINGS_S, Allowance, Pride
+from dlion.exchange.pride import ECHO_PER_SAMPLE, Pride
 from dlion.mesh.topology import Speed, Topology
 from dlion.messages import PeerId, Stream
 from dlion.net.wan import Rate
@@ -30,7 +30,7 @@ CLOUDS = {"a0": "A", "a1": "A", "b0": "B", "b1": "B"}
 A, B = PeerId("a"), PeerId("b")
 
 
-@pytest.mark.parametrize("setting", [{}, {"speculation": 0.0}, {"bits": 32}, {"wan_bytes_per_s": 2000.0}])
+@pytest.mark.parametrize("setting", [{}, {"speculation": 0.0}, {"bits": 32}])
 def test_it_conforms_whatever_its_settings(setting: dict[str, float]) -> None:
     check(partial(Pride, **setting))  # type: ignore[arg-type]
 
@@ -193,46 +193,11 @@ def test_of_the_silent_nothing_is_assumed_for_long() -> None:
     np.testing.assert_allclose(a.weights, a.view, atol=1e-5)
 
 
-@given(st.lists(st.tuples(st.floats(0.001, 3.0), st.integers(0, 5000)), max_size=30))
-def test_an_allowance_is_never_overdrawn(events: list[tuple[float, int]]) -> None:
-    """In any stretch of time: at most what it earns, and what was saved up before."""
-    allowance, now, spent = Allowance(1000.0), 0.0, [(0.0, 0)]
-    allowance.left(A, now)
-    for pause, wanted in events:
-        now += pause
-        nbytes = min(wanted, allowance.left(A, now))
-        allowance.spend(A, nbytes)
-        spent.append((now, nbytes))
-    for i, (begin, _) in enumerate(spent):
-        total = sum(nbytes for _, nbytes in spent[i:])
-        assert total <= 1000.0 * (now - begin + SAVINGS_S) + 1e-6
-    assert sum(nbytes for _, nbytes in spent) <= 1000.0 * now + 1e-6
-
-
 def toy(
     topology: Topology, until_s: float = 8.0, deaths: tuple[Death, ...] = (), flags: Mapping[str, object] = {}
 ) -> Played:
     job = load_job("toy", {"exchange.name": "pride", "job.until": until_s, "model.size": 3000, **flags})
     return play(Plan(job, topology), deaths)
-
-
-def test_a_wan_budget_is_never_exceeded() -> None:
-    limit = 4000.0
-    played = toy(load_topology("hetero-system"), flags={"budget.wan_bytes_per_s": int(limit), "train.batch": 16})
-    assert played.summary["replica_disagreement"] < 1e-4  # type: ignore[operator]
-    for log in played.run.peers.values():
-        sends = log[Send]
-        for peer in set(sends["to"][sends["wan"]]):
-            mine = sends["to"] == peer
-            sent, at = np.cumsum(sends["bytes"][mine]), sends["t"][mine]
-            assert len(at) > 10
-            assert (sent <= limit * (at + 0.1)).all()
-
-
-def test_a_budget_is_refused_by_who_keeps_none() -> None:
-    job = load_job("toy", {"exchange.name": "full", "budget.wan_bytes_per_day": 1000})
-    with pytest.raises(ConfigError, match="keeps no budget"):
-        exchange_of(Plan(job, load_topology("homogeneous")))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +267,6 @@ def test_unusable_settings_are_refused_with_what_was_expected() -> None:
         {"speculation": 2.0},
         {"trust_steps": 0},
         {"slices": 0},
-        {"wan_bytes_per_s": -1.0},
     ):
         with pytest.raises(ValueError, match="pride: "):
             Pride(**wrong)

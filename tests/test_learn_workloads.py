@@ -161,6 +161,7 @@ def test_a_missing_file_is_named_with_its_place(images: Path) -> None:
         gzip.compress(b"\0\0\x08\x01\xff\xff\xff\xffab"),
         gzip.compress(b"\0\0\x08\x01\0\0\0\3abc")[:-9],
     ],
+    ids=range(9),
 )
 def test_damaged_idx_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "labels.gz"

@@ -100,10 +100,11 @@ def test_each_peer_says_it_once_to_those_beyond_it() -> None:
 
 
 def test_what_is_not_meant_for_it_says_nothing() -> None:
-    """No consensus is promised, or a link may not carry a whole model at once."""
-    for kind in (lambda: DLion(residual=False), lambda: Pride(wan_bytes_per_s=4000.0)):
-        ran = run(net("a1 a2 | b1 b2", "bridges"), kind, until_s=9.0, deaths=[Death(PeerId("b1"), 4.0)])
-        assert not far_off(ran) and not told(ran) and reasons(ran) == {"until"}
+    """No consensus is promised."""
+    ran = run(
+        net("a1 a2 | b1 b2", "bridges"), lambda: DLion(residual=False), until_s=9.0, deaths=[Death(PeerId("b1"), 4.0)]
+    )
+    assert not far_off(ran) and not told(ran) and reasons(ran) == {"until"}
 
 
 def test_who_leaves_early_has_no_part_in_it() -> None:

@@ -159,7 +159,6 @@ def test_micro_clouds_that_are_none_take_no_memory(kind: str) -> None:
         (SIX, "mesh", Full),
         ("a1 a2 | b1 b2 | c1 c2", "tree", Full),
         ("a1 a2 | b1 | c1 | d1 | e1", "bridges", Full),
-        (SIX, "bridges", lambda: Pride(wan_bytes_per_s=4000.0)),
     ],
 )
 def test_where_totals_would_be_no_use_or_too_dear_none_are_said(shape: str, talk: Talk, make: type[Exchange]) -> None:

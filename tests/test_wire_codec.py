@@ -129,6 +129,13 @@ def test_a_block_that_was_heard_goes_on_in_its_bytes(block: Block, offset: int) 
         assert_same_block(block, found)
 
 
+def test_padding_is_zero() -> None:
+    data = encode(Message("m", blocks=(dense(np.ones(3, dtype=np.float32), Encoding.F16),)))
+    assert decode(data, LIMITS).blocks[0].count == 3
+    with pytest.raises(Malformed, match="bytes after a body are not zero"):
+        decode(data[:-1] + b"x", LIMITS)
+
+
 def test_what_was_heard_is_not_compressed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who does not compress is passed on as he speaks: a second pass would cost a bridge more than it saves."""
     block = dense(np.ones(1 << 16, dtype=np.float32))

@@ -49,6 +49,11 @@ class Plan:
     """Where the job's keys came from, as far as anybody knows."""
 
     @property
+    def network(self) -> Topology:
+        """The topology as bytes meet it: no link between micro-clouds carries more than the budget."""
+        return self.topology.capped(self.job.budget.bytes_per_s)
+
+    @property
     def peers(self) -> list[PeerId]:
         return sorted(self.topology.peers)
 
@@ -118,13 +123,6 @@ def settings_of(plan: Plan, cls: type[Exchange]) -> dict[str, object]:
     settings = dict(job.exchange.settings)
     if "weighting" in getattr(cls.__init__, "__annotations__", {}):
         settings.setdefault("weighting", job.batching.weighting)
-    per_s, per_day = job.budget.wan_bytes_per_s, job.budget.wan_bytes_per_day
-    limits = [limit for limit in (per_s, None if per_day is None else per_day / 86400) if limit is not None]
-    if limits:
-        if "wan_bytes_per_s" not in cls.__init__.__annotations__:
-            key = "budget.wan_bytes_per_day" if per_s is None else "budget.wan_bytes_per_s"
-            raise plan.wrong(key, f"{cls.name} keeps no budget", "a strategy that does: pride")
-        settings.setdefault("wan_bytes_per_s", min(limits))
     return settings
 
 
@@ -243,6 +241,7 @@ def node_settings(job: Job) -> NodeSettings:
         drain_s=n.drain_s,
         unacked_bytes_max=n.unacked_bytes_max,
         queue_s=n.queue_s,
+        wan_bytes_per_s=job.budget.bytes_per_s,
         dial=DialSettings(
             hello_timeout_s=n.hello_timeout_s,
             backoff_min_s=n.dial_backoff_min_s,

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
+from dlion.mesh.topology import LinkSpec
 from dlion.messages import PeerId
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
 from dlion.net.stream import StreamLink
@@ -79,9 +81,13 @@ def check_shareable(plan: Plan) -> None:
             )
 
 
-def routes_of(plan: Plan, me: PeerId, zero_s: float) -> dict[str, Route]:
-    """How ``me``'s links are slowed down; the topology's time 0 is the loop's ``zero_s``."""
-    topology = plan.topology
+def routes_of(plan: Plan, me: PeerId, zero_s: float, *, emulate: bool) -> dict[str, Route]:
+    """How ``me``'s links are slowed down: by the budget, and as the topology says, whose time 0 is the loop's
+    ``zero_s``, if that is emulated."""
+    topology, limit = plan.network, plan.job.budget.bytes_per_s
+    if not emulate:
+        wan = [ends for ends in permutations(topology.peers, 2) if limit and not topology.lan(*ends)]
+        topology = replace(plan.topology, links={ends: LinkSpec(*ends) for ends in wan}).capped(limit)
     bottlenecks: dict[str, Bottleneck] = {}
     routes: dict[str, Route] = {}
     for (source, target), link in topology.links.items():
@@ -139,7 +145,7 @@ def assemble(
     learner, settings = (does.learner, does.settings) if isinstance(does, Guest) else (None, None)
     workload = does.learner.trainer.workload if isinstance(does, Guest) else does
     log_path = _open_directory(out, peer, doors)
-    routes = routes_of(plan, peer, zero_s) if doors.emulate else {}
+    routes = routes_of(plan, peer, zero_s, emulate=doors.emulate)
     dialer = ShapedDialer(UpgradeDialer(addresses, timeout_s=plan.job.node.hello_timeout_s, name=peer), routes)
     log = RunLog(File(log_path))
     compute = Threads(paced=doors.emulate or doors.paced)
@@ -156,8 +162,12 @@ def assemble(
         raise
 
     def accept(link: StreamLink) -> None:
-        """Slowed down like a link that we dialled; the name is what the other end says it is."""
+        """Slowed down like a link that we dialled; the name is what the other end says it is. Where there is a budget,
+        nobody comes in without one."""
         route = routes.get(link.name)
+        if plan.job.budget.bytes_per_s and link.name not in plan.topology.peers:
+            link.abort()
+            return
         node.accept(link if route is None else route.shape(link))
 
     return Assembled(node, accept, StatusReader(node, keeping))

@@ -169,7 +169,7 @@ def play(
         seams = Seams(dialer, compute, job.job.seed, RunLog(digests[peer]), observer, resume=parts.get(peer))
         return node_of(plan, peer, seams, workload=workload, incarnation=_incarnation(dialer.life), settings=own)
 
-    result = simulate(plan.topology, make, (*deaths, *leave), births=come, start_s=start_s)
+    result = simulate(plan.network, make, (*deaths, *leave), births=come, start_s=start_s)
     logs = Logs(memories)
     run = read.from_memory(plan.run, logs)
     summary = summarise(

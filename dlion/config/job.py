@@ -143,11 +143,22 @@ class Checkpointing(Table, frozen=True):
     """So many of them stay on the disk."""
 
 
+BUDGET_BYTES_PER_S_MIN = 1000.0
+"""Half of it is taken by what neighbours say to be known as alive."""
+DAY_S = 86400.0
+
+
 class Budget(Table, frozen=True):
-    """Hard limits on what may leave this peer's micro-cloud; absent = none."""
+    """Hard limits on what may leave this peer's micro-cloud over each link; absent = none."""
 
     wan_bytes_per_s: Bytes | None = None
     wan_bytes_per_day: Bytes | None = None
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The stricter one; 0: none."""
+        per_day = None if self.wan_bytes_per_day is None else self.wan_bytes_per_day / DAY_S
+        return min((float(limit) for limit in (self.wan_bytes_per_s, per_day) if limit is not None), default=0.0)
 
 
 class Job(Table, frozen=True):
@@ -313,6 +324,10 @@ def _check(job: Job, reader: Reader) -> None:
         raise reader.error("node.dial_backoff_min", f"found {n.dial_backoff_min_s}", f"at most {n.dial_backoff_max_s}")
     if n.suspect_after_s <= n.heartbeat_s:
         raise reader.error("node.suspect_after", f"found {n.suspect_after_s}", f"above heartbeat = {n.heartbeat_s}")
+    for key, seconds in (("wan_bytes_per_s", 1.0), ("wan_bytes_per_day", DAY_S)):
+        limit, least = getattr(job.budget, key), round(BUDGET_BYTES_PER_S_MIN * seconds)
+        if limit is not None and limit < least:
+            raise reader.error(f"budget.{key}", f"found {limit} bytes", f"at least {least}, or peers seem dead")
 
 
 def set_flag(text: str) -> tuple[str, str]:

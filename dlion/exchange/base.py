@@ -289,8 +289,7 @@ class Exchange:
 
     @property
     def last_view(self) -> bool:
-        """Could everybody take over another peer's view when the drain is over, should it be needed? Not where a link
-        may not carry a whole model at once."""
+        """Could everybody take over another peer's view when the drain is over, should it be needed?"""
         return self.consensus
 
     def conclude(self, view: Flat, ctx: Context) -> Iterable[Add]:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dlion.blocks import dense
-from dlion.exchange.base import Action, Add, Context, LinkView, Send, Speech
+from dlion.exchange.base import Action, Add, Context, Send, Speech
 from dlion.exchange.totals import Totals
 from dlion.messages import Message, PeerId, Scalar
 from dlion.tensors import Flat
@@ -49,10 +49,6 @@ class Estates(Totals):
         """Of those who came again: their present life."""
         self._former: dict[PeerId, Flat] = {}
         """What the settled lives of each peer had told in all."""
-
-    def spares(self, link: LinkView) -> bool:
-        """Is this link too dear for an estate?"""
-        return False
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         if message.kind == "estate":
@@ -105,7 +101,7 @@ class Estates(Totals):
                 estate = dense(np.zeros(self._size, dtype=np.float32) if held is None else held)
                 fields: dict[str, Scalar] = {"cloud": ctx.cloud, "of": dead, "life": self._lives.get(dead, 0)}
                 message = Message("estate", ctx.step, 0, fields, (estate,))
-                yield Send(tuple(p for p in heirs if not self.spares(ctx.links[p])), message)
+                yield Send(tuple(heirs), message)
         for dead in sorted(self._wills.keys() - able):
             message = self._wills.pop(dead)
             if int(message.fields["life"]) >= self._lives.get(dead, 0):  # else it is of a life that is settled

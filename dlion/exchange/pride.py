@@ -50,8 +50,6 @@ ECHO_PER_SAMPLE = 16.0
 """Most others, in our weighed steps, that each sample of an own step may stand for: one says little of them."""
 SUMMED_PER_STEP = 64
 """Speeds of others added up for each step, at most."""
-SAVINGS_S = 1.0
-"""How long a link may save up its allowance."""
 ENCODINGS: Mapping[int, Encoding] = {32: Encoding.F32, 16: Encoding.F16, 8: Encoding.I8, 4: Encoding.I4}
 
 
@@ -67,30 +65,6 @@ class Assumed:
     @property
     def total(self) -> float:
         return sum(self.factors.values())
-
-
-class Allowance:
-    """A hard limit of ``bytes_per_s`` on each link out of the micro-cloud: spent only after it was earned."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self.bytes_per_s = bytes_per_s
-        self._paid_until: dict[PeerId, float] = {}
-        """Per neighbour: all before this time is spent."""
-
-    def limits(self, link: LinkView) -> bool:
-        return self.bytes_per_s > 0 and not link.lan
-
-    def left(self, peer: PeerId, now: float) -> int:
-        paid_until = max(self._paid_until.setdefault(peer, now), now - SAVINGS_S)
-        self._paid_until[peer] = paid_until
-        return int((now - paid_until) * self.bytes_per_s)
-
-    def worth_using(self, period_s: float) -> float:
-        """Half of what a period earns; more where that would be little beside an envelope."""
-        return self.bytes_per_s * max(period_s, min(SAVINGS_S, 16 * ENVELOPE_BYTES / self.bytes_per_s)) / 2
-
-    def spend(self, peer: PeerId, nbytes: int) -> None:
-        self._paid_until[peer] += nbytes / self.bytes_per_s
 
 
 class Pauses:
@@ -116,7 +90,7 @@ class Pauses:
 class Pride(Estates):
     """``period_s``: how long a message may keep a link busy; ``bits`` of a value at the finest; ``speculation``: how
     much of the others' moves to assume, and ``foresight``: of a whole step to be ahead, 0 to 1; ``slices`` of a step's
-    gradient, at most; ``wan_bytes_per_s``: limit on each link out of the micro-cloud (0: none)."""
+    gradient, at most."""
 
     name = "pride"
     paces: ClassVar[tuple[str, ...]] = ("free", "bounded")
@@ -131,13 +105,12 @@ class Pride(Estates):
         foresight: float = 0.25,
         slices: int = 4,
         trust_steps: int = 8,
-        wan_bytes_per_s: float = 0.0,
     ) -> None:
         super().__init__()
-        if period_s <= 0 or not 0 <= speculation <= 1 or trust_steps < 1 or wan_bytes_per_s < 0:
+        if period_s <= 0 or not 0 <= speculation <= 1 or trust_steps < 1:
             raise ValueError(
-                "pride: expected period_s > 0, speculation in [0, 1], trust_steps >= 1 and wan_bytes_per_s >= 0, "
-                f"got {period_s}, {speculation}, {trust_steps} and {wan_bytes_per_s}"
+                "pride: expected period_s > 0, speculation in [0, 1] and trust_steps >= 1, "
+                f"got {period_s}, {speculation} and {trust_steps}"
             )
         if not 0 <= foresight <= 1:
             raise ValueError(f"pride: foresight must be in [0, 1], got {foresight}")
@@ -149,7 +122,6 @@ class Pride(Estates):
         self.ladder = tuple(encoding for b, encoding in ENCODINGS.items() if b <= bits)
         self.speculation, self.foresight, self.slices = speculation, foresight, slices
         self.trust_steps = trust_steps
-        self.allowance = Allowance(wan_bytes_per_s)
         self._assumed: deque[Assumed] = deque()
         self._summed_at, self._speeds = 0, dict[Account, float]()
         self._via: dict[PeerId, Account] = {}
@@ -219,7 +191,8 @@ class Pride(Estates):
         if self._unsaid_from is not None and ctx.now >= self._say_at:
             self._round(ctx)
         yield from self._tell(list(self.owed), ctx)
-        yield from self._later(ctx)
+        if self._unsaid_from is not None:
+            yield Timer(self._say_at, "say")
 
     def on_message(self, origin: PeerId, message: Message, ctx: Context) -> Iterable[Action]:
         yield from super().on_message(origin, message, ctx)
@@ -252,7 +225,7 @@ class Pride(Estates):
         return part
 
     def drain(self, ctx: Context) -> Iterable[Action]:
-        """Nothing is assumed any more, and everything that is owed is said exactly, as fast as the allowance lets."""
+        """Nothing is assumed any more, and everything that is owed is said exactly."""
         self._draining = True
         while self._assumed:
             yield self._drop()
@@ -260,20 +233,10 @@ class Pride(Estates):
             self._owe(exact(self._rest), self._unsaid_steps(ctx), ctx)
             self._rest = np.zeros_like(self._rest)
         yield from self.settle(ctx)
-        limited = {peer for peer, link in ctx.links.items() if self.allowance.limits(link)}
-        yield from self._tell([a for a in self.owed if a[0] not in limited], ctx, everything=True)
-        yield from self._tell([a for a in self.owed if a[0] in limited], ctx)
-        yield from self._later(ctx)
+        yield from self._tell(list(self.owed), ctx, everything=True)
 
     def unsaid(self) -> Flat:
         return self._rest
-
-    @property
-    def last_view(self) -> bool:
-        return self.consensus and not self.allowance.bytes_per_s
-
-    def spares(self, link: LinkView) -> bool:
-        return self.allowance.limits(link)
 
     def owes(self, ctx: Context) -> bool:
         return bool(self._rest.any()) or super().owes(ctx)
@@ -296,27 +259,10 @@ class Pride(Estates):
 
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
         """All that is owed when it fits in some encoding, else its largest entries. None: nothing new, or too poor."""
-        if not (owed.unsaid or self._draining):
+        if not owed.unsaid:
             return None
-        budget = self.budget_bytes(link, ctx)
-        limited = self.allowance.limits(link)
-        if limited:
-            left = self.allowance.left(link.peer, ctx.now)
-            if left < self.allowance.worth_using(self.period_s):
-                return None
-            budget = min(budget, left)
-        envelope_bytes = ENVELOPE_BYTES + sum(SPAN_BYTES + len(span.origin) for span in owed.coverage)
-        block = self._choose(owed, budget - envelope_bytes, ctx)
-        if block is not None and limited:
-            self.allowance.spend(link.peer, block.nbytes_max + envelope_bytes)
-        return block
-
-    def _choose(self, owed: Owed, budget_bytes: int, ctx: Context) -> Block | None:
-        if self._draining:
-            block = compress(owed.flat, budget_bytes, encoding=Encoding.F32)
-            if block is None and not owed.flat.any():
-                owed.clear()
-            return block
+        spans_bytes = sum(SPAN_BYTES + len(span.origin) for span in owed.coverage)
+        budget_bytes = self.budget_bytes(link, ctx) - ENVELOPE_BYTES - spans_bytes
         latest = owed.latest.values if owed.latest is not None else None
         if isinstance(latest, Block) and latest.nbytes_max <= budget_bytes:
             return latest
@@ -328,14 +274,6 @@ class Pride(Estates):
     def budget_bytes(self, link: LinkView, ctx: Context) -> int:
         """What the link carries in a period (longer where the lane could not keep up), or its window if larger."""
         return max(int(link.rate_bps * max(self.period_s, self._pauses.pause_s) / 8), link.writable_bytes)
-
-    def _later(self, ctx: Context) -> Iterator[Timer]:
-        """Links that spare their allowance are looked at again a period later, own steps when lanes are free."""
-        owing = {peer for (peer, _), owed in self.owed.items() if owed}
-        if self._unsaid_from is not None and not self._draining:
-            yield Timer(self._say_at, "say")
-        elif any(peer in owing and self.allowance.limits(link) for peer, link in ctx.links.items()):
-            yield Timer(ctx.now + self.period_s, "say")
 
     # -- what to assume ------------------------------------------------------------------------------------------
 

@@ -100,6 +100,19 @@ class Topology:
     def lan(self, a: PeerId, b: PeerId) -> bool:
         return self.peers[a].cloud == self.peers[b].cloud
 
+    def capped(self, bytes_per_s: float) -> Topology:
+        """Each link between micro-clouds also crosses a resource of its own, of that rate; 0: none does."""
+        if not bytes_per_s:
+            return self
+        wan = {ends: f"budget:{ends[0]}>{ends[1]}" for ends in self.links if not self.lan(*ends)}
+        cap = Rate.constant(8.0 * bytes_per_s)
+        budgets = {name: Resource(name, "egress", cap, source) for (source, _), name in wan.items()}
+        links = {
+            ends: replace(link, resources=(*link.resources, wan[ends])) if ends in wan else link
+            for ends, link in self.links.items()
+        }
+        return replace(self, links=links, resources={**self.resources, **budgets})
+
     def settled(self, *, bridged: bool) -> Topology:
         """``auto`` made a mesh, or bridges for a strategy that would rather be ``bridged``; the other one where links
         that it needs are missing. Where no micro-cloud has mates to speak for, the two are one: a mesh."""

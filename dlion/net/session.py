@@ -11,7 +11,7 @@ by the window; the others together never have more unacknowledged than the link 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dlion.net.chunks import (
     ACK,
@@ -67,6 +67,15 @@ class SessionLimits:
     def __post_init__(self) -> None:
         if not LENGTH_BYTES < self.chunk_bytes_min <= min(self.chunk_bytes_max, self.unacked_bytes_max):
             raise ValueError("limits of a session: chunk_bytes_min is above chunk_bytes_max or unacked_bytes_max")
+
+    def narrowed(self, bytes_per_s: float) -> SessionLimits:
+        """For links of which it is known that they carry so little (0: it is not): no chunk takes longer than a
+        quarter of a second, and no link is filled for longer than a second before it has shown its rate."""
+        if not bytes_per_s:
+            return self
+        chunk = int(min(self.chunk_bytes_min, max(bytes_per_s / 4, 2 * LENGTH_BYTES)))
+        window = int(min(self.window_bytes_initial, max(bytes_per_s, 2 * chunk)))
+        return replace(self, chunk_bytes_min=chunk, window_bytes_initial=window)
 
 
 class SessionFullError(Exception):

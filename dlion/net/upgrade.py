@@ -129,11 +129,13 @@ class Site:
         A connection that asyncio accepted, but that has no transport yet when its server closes, would be forgotten
         as it is (python/cpython#109564): nothing is accepted any more, then it gets one.
         """
-        for listening in self._server.sockets:
-            asyncio.get_running_loop().remove_reader(listening.fileno())
-        for _ in range(2):
-            await asyncio.sleep(0)
-        self._server.close()
+        try:
+            for listening in self._server.sockets:
+                asyncio.get_running_loop().remove_reader(listening.fileno())
+            for _ in range(2):
+                await asyncio.sleep(0)
+        finally:
+            self._server.close()
         await self._runner.cleanup()
         await self._server.wait_closed()
 

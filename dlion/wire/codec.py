@@ -192,11 +192,13 @@ def decode(data: bytes | bytearray | memoryview, limits: Limits, *, hop: PeerId 
         raise Malformed("bytes between envelope and body are not zero")
     at += len(pad)
     blocks = []
-    for header, body_bytes in zip(envelope.headers, _body_sizes(envelope.headers, limits, total - at), strict=True):
-        block = _read_block(header, data, at)
-        vars(block)["wire"] = header, memoryview(data)[at : at + body_bytes]
+    for header, nbytes in zip(envelope.headers, _body_sizes(envelope.headers, limits, total - at), strict=True):
+        block, end = _read_block(header, data, at), at + (nbytes + 3 & ~3)
+        if any(data[at + nbytes : end]):
+            raise Malformed("bytes after a body are not zero")
+        vars(block)["wire"] = header, memoryview(data)[at:end]
         blocks.append(block)
-        at += body_bytes
+        at = end
     return Message(
         envelope.kind,
         envelope.step,
@@ -230,7 +232,7 @@ def _check_envelope(envelope: _Envelope, limits: Limits) -> None:
 
 
 def _body_sizes(headers: list[_Header], limits: Limits, nbytes: int) -> list[int]:
-    """Length of each body; every claim of the headers is checked here, before a body is touched."""
+    """Length of each body without its padding; every claim of the headers is checked here, before a body is touched."""
     if len(headers) > limits.blocks_max:
         raise Malformed(f"{len(headers)} blocks; at most {limits.blocks_max}")
     sizes = []
@@ -249,11 +251,11 @@ def _body_sizes(headers: list[_Header], limits: Limits, nbytes: int) -> list[int
         plain = value_bytes(head.encoding, head.count)
         if head.stored > plain or (head.stored != plain and not head.flags & ZSTD):
             raise Malformed(f"{head.stored} bytes of values where {plain} were expected")
-        sizes.append((head.stored + indices + 3) & ~3)
+        sizes.append(head.stored + indices)
     if entries > limits.entries_max:
         raise Malformed(f"blocks of {entries} entries; at most {limits.entries_max}")
-    if sum(sizes) != nbytes:
-        raise Malformed(f"bodies of {sum(sizes)} bytes announced, {nbytes} received")
+    if (announced := sum(size + 3 & ~3 for size in sizes)) != nbytes:
+        raise Malformed(f"bodies of {announced} bytes announced, {nbytes} received")
     return sizes
 
 
