@@ -48,6 +48,7 @@ class StatusReader:
             "samples_per_s": meter.samples_per_s,
             "step_s": meter.step_s,
             "stall_share": min(1.0, meter.waited_s / elapsed_s),
+            "exchange_cpu_s": node.seams.compute.exchange_s,
             "links": self._read_links(),
             "staleness_max": self._staleness_max,
             "members": {"live": len(roster.live), "total": len(roster.records)},

@@ -166,7 +166,11 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "killed": Scenario(shipped("hetero-system"), "hetero-system, b1 killed at 25 s", (Death(PeerId("b1"), 25.0),)),
     **{f"drawn-{n}": Scenario(lambda n=n: drawn(n), f"drawn at random from seed {n}") for n in range(1, 5)},  # type: ignore[misc]
-    "writers": Scenario(shipped("hetero-system"), "MNIST, each writer at one peer", flags={"data.partition": "writer"}),
+    "writers": Scenario(
+        shipped("hetero-system"),
+        "MNIST, each writer at one peer; see writers-finely for the first seconds",
+        flags={"data.partition": "writer"},
+    ),
     "writers-finely": Scenario(
         shipped("hetero-system"),
         "writers, evaluated every second",

@@ -86,10 +86,15 @@ def main_target(groups: Mapping[str, Rows]) -> float:
     return next((t for t in targets_of(groups) if t not in TARGETS), TARGETS[0])
 
 
-def interval(found: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the ratios' geometric mean over paired seeds; None with fewer than three."""
+def half_width(found: Sequence[float]) -> float | None:
+    """Of the 95 % interval of the mean over paired seeds; None with fewer than three."""
     if len(found) not in STUDENT:
         return None
+    return STUDENT[len(found)] * float(np.std(found, ddof=1)) / float(len(found) ** 0.5)
+
+
+def interval(found: Sequence[float]) -> tuple[float, float] | None:
+    """The same of the ratios' geometric mean."""
     logs = np.log(found)
-    half = STUDENT[len(found)] * float(logs.std(ddof=1)) / len(found) ** 0.5
-    return float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+    half = half_width(logs.tolist())
+    return None if half is None else (float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half)))

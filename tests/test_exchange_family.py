@@ -24,17 +24,6 @@ def test_every_built_in_conforms_and_bears_its_name(name: str) -> None:
     check(find(name))
 
 
-@pytest.mark.parametrize("make", [partial(Ako, partitions=1), partial(Gaia, threshold=0.0)])
-def test_at_equal_pace_the_limit_cases_are_full_bit_by_bit(make: type[Full]) -> None:
-    weights = set()
-    for one in (Full, make):
-        bench = Bench(one, 4, pace="lockstep", batches={"a": 16, "b": 48, "c": 32, "d": 32})
-        bench.run(10, learn)
-        bench.drain()
-        weights |= {seat.weights.tobytes() for seat in bench.seats.values()}
-    assert len(weights) == 1
-
-
 def ones(peer: str, step: int, weights: Flat) -> Flat:
     return np.ones_like(weights)
 

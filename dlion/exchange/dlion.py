@@ -7,7 +7,8 @@ policies here:
 - *when*: as soon as there is news and the link takes it (flow control keeps that to about once per step), bounded
   staleness 5;
 - *what*: ``Budget``: BW_ij / Iter_i bytes per message, filled with Max N per tensor, never below a minimum N;
-- *whom*: the routes: everybody in the micro-cloud, one bridge per two micro-clouds, which says the sum of its own;
+- *whom*: the routes: in the paper everybody in the micro-cloud and one bridge per two micro-clouds, which says the sum
+  of its own (``talk = "bridges"``); here everybody, where the topology does not say, for that is faster;
 - *how*: ``Weighting`` of updates by batch size, and ``Transfer``: the best peer's weights every P steps.
 
 Differences from the paper. Weighting ``global`` (n · LBS_k / GBS, unbiased and the same on all peers) is the default;

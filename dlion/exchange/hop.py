@@ -11,7 +11,7 @@ that reason takes the next one that comes. Coverage tells whose iterations have 
 away, so that the pace sees everybody; skipped ones count as done. Where not everybody talks to everybody, who has said
 nothing for a while says that alone, or all might wait for what another knows. Defaults backup 1, s 5, at most 10
 iterations skipped at a time as in the paper's experiments, as far as remembered; that two behind is far behind is our
-choice.
+choice. Means are plain, whatever the batches.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ weights; H inner steps give θ; Δ = θ - φ; with the pair's mean:
 Differences from the paper. The pairing follows from the round's number and the living members, so that nobody need
 say it; a pair without a link sits the round out. A peer whose partner sees another pairing (somebody just died) is
 told so and goes on alone. H is 20 (jobs here are short), γ = 0.7 (ours). A newcomer begins with its sponsor's φ and δ,
-and goes to the latest round in which anybody waits for it.
+and goes to the latest round in which anybody waits for it. The mean of two is plain, whatever their batches.
 """
 
 from __future__ import annotations

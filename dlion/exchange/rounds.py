@@ -5,6 +5,9 @@ keeps, bit by bit the same. Who dies leaves the round; nobody waits for the dead
 micro-clouds the mean is formed in two levels, and what the rounding of a micro-cloud's sum leaves goes into its next
 one.
 
+In the mean all parts count alike, as DiLoCo and its kin have it, also where batches are dealt by speed; who weighs
+them says so (``weight``: local SGD, FedAvg).
+
 A replica is anchor + what it moved since. When a round closes, the part it gave is taken back and the step of the
 anchor is added instead, so local steps done meanwhile (overlap) stay.
 

@@ -62,6 +62,12 @@ def exposition(status: PeerStatus) -> str:
                 ({"state": "linked"}, up),
             ],
         ),
+        _family(
+            "dlion_exchange_cpu_seconds_total",
+            "counter",
+            "Processor time of the exchange lane.",
+            [({}, status.get("exchange_cpu_s"))],
+        ),
         _family("dlion_event_loop_lag_seconds", "gauge", "99th percentile.", [({}, status.get("loop_lag_s"))]),
     ]
     return "".join(families)

@@ -59,5 +59,7 @@ class PeerStatus(TypedDict):
     reasons: NotRequired[list[str]]
     """Why the peer is not ready, or what else somebody should mend."""
     loop_lag_s: NotRequired[float]
+    exchange_cpu_s: NotRequired[float]
+    """Processor time of the exchange lane so far."""
     refused: NotRequired[dict[str, dict[str, int]]]
     """Refused messages by peer and reason."""
