@@ -259,6 +259,8 @@ class Pride(Estates):
 
     def say(self, owed: Owed, link: LinkView, ctx: Context) -> Block | None:
         """All that is owed when it fits in some encoding, else its largest entries. None: nothing new, or too poor."""
+        if self._draining:
+            return owed.everything()
         if not owed.unsaid:
             return None
         spans_bytes = sum(SPAN_BYTES + len(span.origin) for span in owed.coverage)
