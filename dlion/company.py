@@ -206,8 +206,11 @@ class Company:
         def done() -> bool:  # with a bridge all beyond it seem silent, until another one is there
             return self.all_said(leaving) and not occupied() and loop.time() >= roster.missed_at + redialled_s
 
+        def calm() -> bool:
+            return done() and (leaving or roster.missed_at > -math.inf or self.patience.still)
+
         self.farewell.say(leaving)
-        await until(done)
+        await until(calm)
         if not leaving:
             self.patience.renew()
             await self.last_view.agree(self._put, done)

@@ -51,8 +51,8 @@ VIA = "~via"
 """Field of a message that is passed on: who said it."""
 ALL = 1 << 40
 """Asked for at the end: nothing more."""
-PIECE_ENTRIES = 1 << 20
-KEEP_S = 60.0
+PIECE_ENTRIES = 1 << 18
+KEEP_S = 600.0
 """A copy of which nothing was asked for so long is given up."""
 
 

@@ -28,6 +28,8 @@ COUNT_MAX = 1 << 53
 DRAINS_MAX = 30
 LOOK_S, TELL_S = 0.25, 1.0
 """How often a peer looks whether anything has moved, and says so, whatever its ``drain_s``."""
+STILL_S = 3 * TELL_S
+"""Nothing has moved anywhere, if we have heard of nothing for so long."""
 
 
 class Patience:
@@ -45,9 +47,9 @@ class Patience:
         self._count = 0
         self._telling: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
-        self._moved_at = -math.inf
+        self._moved_at = self._stirred_at = -math.inf
         self._moved_bytes: int | None = None
-        self._end = math.inf
+        self._began = self._end = math.inf
         self._timeout: asyncio.Timeout | None = None
 
     def hear(self, message: Message) -> None:
@@ -58,6 +60,7 @@ class Patience:
     def _stir(self, count: int) -> None:
         loop = asyncio.get_running_loop()
         self._count, self._moved_at = count, loop.time()
+        self._stirred_at = self._moved_at
         if self._telling is None:
             self._telling = loop.call_later(TELL_S, self._say)
 
@@ -76,6 +79,13 @@ class Patience:
         self._end = min(self._end, asyncio.get_running_loop().time() + self._drain_s)
         self._set()
 
+    @property
+    def still(self) -> bool:
+        """Has nothing moved lately? If somebody ended before that, others whose links are fuller would find it silent
+        before they hear its last word."""
+        calm_s = asyncio.get_running_loop().time() - max(self._stirred_at, self._began)
+        return not self._connections or calm_s >= min(STILL_S, self._drain_s / 2)
+
     def renew(self) -> None:
         """What comes now has ``drain_s`` of its own to begin to move."""
         self._moved_at = asyncio.get_running_loop().time()
@@ -87,6 +97,7 @@ class Patience:
 
     async def __aenter__(self) -> None:
         self._timeout = await asyncio.timeout(None).__aenter__()
+        self._began = asyncio.get_running_loop().time()
         self.renew()
         self._look()
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 NEW_OBJECTS = 50_000
 """Made and not freed before the collector looks at them."""
 WATCH_S = 120.0
-"""Virtual seconds in which a run must move: no step of anybody, and training is not over, is a deadlock."""
+"""Virtual seconds in which a run must move: no step of anybody and no update before training is over is a deadlock."""
 
 
 class ModelledCompute:
@@ -237,10 +237,11 @@ class _Stage:
 
     async def watch(self, on_progress: Callable[[float, Mapping[PeerId, Node]], None] | None) -> None:
         """Raises Stuck."""
-        before, loop, nodes = -1, asyncio.get_running_loop(), self.nodes
+        before, loop, nodes = (-1, -1), asyncio.get_running_loop(), self.nodes
         while True:
             await asyncio.sleep(WATCH_S)
-            after = sum(node.step for node in nodes.values())
+            links = [link for node in nodes.values() for link in node.neighbours.connections.values()]
+            after = sum(node.step for node in nodes.values()), sum(link.session.moved_bytes for link in links)
             if after == before and any(node.state == "training" for node in nodes.values()):
                 waiting = ", ".join(f"{p} at step {n.step}" for p, n in nodes.items() if n.state == "training")
                 raise Stuck(f"at {loop.time():.1f} virtual seconds nobody has stepped for {WATCH_S:g} s: {waiting}")

@@ -199,6 +199,7 @@ def test_simulate_goes_on_from_what_lies_on_the_disk(tmp_path: Path) -> None:
         "job.until": "2s",
         "train.momentum": 0.9,
         "train.batch": 8,
+        "node.drain": "600ms",
         **rates,
     }
     short = Plan(load_job("toy", flags), net(PEERS), "test")

@@ -203,9 +203,9 @@ def test_the_lowest_peer_starts_one_cut_a_period_and_all_have_every_one() -> Non
 
 
 def test_what_has_drained_holds_nothing_under_way_and_goes_on_bit_by_bit() -> None:
-    """A run of 2 s and one of 4 s that goes on from its end, against one of 4 s at a go."""
+    """A run of 2 s and one of 9 s that goes on from its end, against one of 9 s at a go."""
     (at_a_go, make), kept = watched(), Kept()
-    kept_run(Kept(), until_s=4.0, momentum=0.9, workload=make)
+    kept_run(Kept(), until_s=9.0, momentum=0.9, workload=make)
     kept_run(kept, until_s=2.0, momentum=0.9)
     (number,) = kept.whole(4)
     parts = kept.cuts[number]
@@ -213,7 +213,7 @@ def test_what_has_drained_holds_nothing_under_way_and_goes_on_bit_by_bit() -> No
     assert not any(part.heard or part.under_way for part in parts.values())
     assert len({part.weights.tobytes() for part in parts.values()}) == 1
     resumed, make = watched()
-    kept_run(kept, number, until_s=4.0, momentum=0.9, workload=make, start_s=parts["a1"].t)
+    kept_run(kept, number, until_s=9.0, momentum=0.9, workload=make, start_s=parts["a1"].t)
     step = parts["a1"].step
     for peer, seen in resumed.items():
         common = min(len(seen.seen), len(at_a_go[peer].seen) - step)

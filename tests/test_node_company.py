@@ -14,6 +14,7 @@ from dlion.exchange.base import Action, Context, Exchange, LinkView, Send, Speec
 from dlion.exchange.full import Full
 from dlion.exchange.pride import Pride
 from dlion.messages import Message, PeerId
+from dlion.patience import STILL_S
 from dlion.simulation import Birth, Death
 from dlion.tensors import disagreement
 
@@ -25,7 +26,7 @@ def test_a_drain_does_not_wait_for_an_end_of_the_news(kind: type[Exchange], talk
     settings = {"status_every_s": 0.3, "drain_s": 20.0}
     ran = run(net("a1 a2 | b1", talk, delay_s=0.2), kind, until_s=2.0, settings=settings)
     for peer in ("a1", "a2", "b1"):
-        assert ran.events(peer, "end")[0]["reason"] == "until" and ran.events(peer, "end")[0]["t"] < 4.5
+        assert ran.events(peer, "end")[0]["reason"] == "until" and ran.events(peer, "end")[0]["t"] < 4.5 + STILL_S
 
 
 @pytest.mark.parametrize(("patience_s", "delay_s", "seed"), [(2.0, 0.01, 1), (3.0, 0.1, 1), (3.0, 0.1, 2)])

@@ -16,6 +16,7 @@ from test_node_strangers import meet, victim, virtual
 from dlion.exchange.base import Action, Context, Exchange, Send, Speech, Timer
 from dlion.exchange.diloco import DiLoCo
 from dlion.exchange.full import Full
+from dlion.exchange.pride import Pride
 from dlion.learn.workload import Ended, Indices
 from dlion.mesh.topology import Resource, Topology
 from dlion.messages import Message, PeerId, Stream
@@ -169,3 +170,13 @@ def test_nobody_is_kept_for_ever_by_who_says_that_something_moves() -> None:
             assert 0 < v.node.company.patience._count < 400
 
     virtual(main)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nobody_ends_while_others_still_wait_for_words(seed: int) -> None:
+    """Else it would be found silent, and those whose links are fuller would not wait for its last word any more."""
+    speeds = {"a1": 24, "a2": 24, "b1": 12, "b2": 12, "c1": 4, "c2": 4}
+    network, big = net("a1 a2 | b1 b2 | c1 c2", "bridges", mbps=50.0, speeds=speeds), partial(Softmax, features=20000)
+    ran = run(network.capped(20000), Pride, until_s=8.0, seed=seed, workload=big, settings={"wan_bytes_per_s": 2e4})
+    silent = [e for peer in ran.replicas for e in ran.events(peer, "member") if e["state"] == "silent"]
+    assert not silent and disagreement(ran.result.views) < 1e-6

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
-from dlion.mesh.topology import LinkSpec
 from dlion.messages import PeerId
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
 from dlion.net.stream import StreamLink
 from dlion.net.upgrade import Site, UpgradeDialer, peer_application, serve
+from dlion.net.wan import Rate
 from dlion.node import Learner, Node, NodeSettings, Seams
 from dlion.observe.admin import admin_application
 from dlion.observe.evaluate import SnapshotStore
@@ -82,21 +81,24 @@ def check_shareable(plan: Plan) -> None:
 
 
 def routes_of(plan: Plan, me: PeerId, zero_s: float, *, emulate: bool) -> dict[str, Route]:
-    """How ``me``'s links are slowed down: by the budget, and as the topology says, whose time 0 is the loop's
-    ``zero_s``, if that is emulated."""
-    topology, limit = plan.network, plan.job.budget.bytes_per_s
-    if not emulate:
-        wan = [ends for ends in permutations(topology.peers, 2) if limit and not topology.lan(*ends)]
-        topology = replace(plan.topology, links={ends: LinkSpec(*ends) for ends in wan}).capped(limit)
+    """How ``me``'s links are slowed down: by the budget, whoever is at the other end, and as the topology says, whose
+    time 0 is the loop's ``zero_s``, if that is emulated."""
+    topology, limit = plan.topology, plan.job.budget.bytes_per_s
     bottlenecks: dict[str, Bottleneck] = {}
     routes: dict[str, Route] = {}
-    for (source, target), link in topology.links.items():
-        if source == me:
-            for name in link.resources:
-                bottlenecks.setdefault(name, Bottleneck(topology.resources[name].rate.shifted(-zero_s)))
+    for target in sorted(topology.peers.keys() - {me}):
+        link = topology.links.get((me, target)) if emulate else None
+        for name in link.resources if link else ():
+            bottlenecks.setdefault(name, Bottleneck(topology.resources[name].rate.shifted(-zero_s)))
+        crosses = [bottlenecks[name] for name in link.resources] if link else []
+        if limit and not topology.lan(me, target):
+            crosses.append(Bottleneck(Rate.constant(8 * limit)))
+        if link is not None:
             up = None if link.up is None else link.up.shifted(-zero_s)
             way_s = link.delay_s if link.delays_s is None else link.delays_s.shifted(-zero_s)
-            routes[target] = Route(tuple(bottlenecks[name] for name in link.resources), way_s, up)
+            routes[target] = Route(tuple(crosses), way_s, up)
+        elif crosses:
+            routes[target] = Route(tuple(crosses))
     return routes
 
 
@@ -161,13 +163,14 @@ def assemble(
         log.close()
         raise
 
+    mates = set(plan.topology.clouds[plan.topology.cloud_of(peer)]) - {peer}
+    limit = plan.job.budget.bytes_per_s
+    stray = Route((Bottleneck(Rate.constant(8 * limit)),)) if limit else None
+
     def accept(link: StreamLink) -> None:
-        """Slowed down like a link that we dialled; the name is what the other end says it is. Where there is a budget,
-        nobody comes in without one."""
-        route = routes.get(link.name)
-        if plan.job.budget.bytes_per_s and link.name not in plan.topology.peers:
-            link.abort()
-            return
+        """Slowed down like a link that we dialled; the name is what the other end says it is. Strangers share what one
+        neighbour would have."""
+        route = routes.get(link.name, None if link.name in mates else stray)
         node.accept(link if route is None else route.shape(link))
 
     return Assembled(node, accept, StatusReader(node, keeping))

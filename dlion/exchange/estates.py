@@ -87,7 +87,7 @@ class Estates(Totals):
 
     def settle(self, ctx: Context) -> Iterator[Action]:
         """The first of those who heard a dead peer says what it heard. Over bridges only its micro-cloud had heard it
-        speak for itself; a limited link is spared."""
+        speak for itself."""
         told = [p for p in ctx.routes.onward(None, ctx.cloud) if p in ctx.links]
         everybody = ctx.routes.mesh and len(told) == len(ctx.members) - 1
         able = ctx.members.keys() | ctx.former.keys()  # who leaves may still speak

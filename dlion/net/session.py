@@ -70,12 +70,14 @@ class SessionLimits:
 
     def narrowed(self, bytes_per_s: float) -> SessionLimits:
         """For links of which it is known that they carry so little (0: it is not): no chunk takes longer than a
-        quarter of a second, and no link is filled for longer than a second before it has shown its rate."""
+        quarter of a second, no link is filled for longer than a second before it has shown its rate, and no window
+        waits for an acknowledgement that leaves with something else."""
         if not bytes_per_s:
             return self
         chunk = int(min(self.chunk_bytes_min, max(bytes_per_s / 4, 2 * LENGTH_BYTES)))
         window = int(min(self.window_bytes_initial, max(bytes_per_s, 2 * chunk)))
-        return replace(self, chunk_bytes_min=chunk, window_bytes_initial=window)
+        ack = min(self.ack_bytes_min, window // 4)
+        return replace(self, chunk_bytes_min=chunk, window_bytes_initial=window, ack_bytes_min=ack)
 
 
 class SessionFullError(Exception):
