@@ -37,8 +37,9 @@ def network(link_bps: float, slow_samples_per_s: float) -> Topology:
     )
 
 
-def recorded(directory: Path, one: Topology) -> Path:
+def recorded(directory: Path, one: Topology, **more: object) -> Path:
     flags = {"exchange.name": "full", "model.size": 100_000, "job.until": 8, "batching.mode": "fixed"}
+    flags |= {key.replace("__", "."): value for key, value in more.items()}
     run_simulation(Plan(load_job("toy", flags, environ={}), one), directory)
     return directory
 
@@ -73,6 +74,11 @@ def test_a_thin_link_costs_most_where_it_is_thin(tmp_path: Path) -> None:
     assert answer["costs_most"] == "link.a-c.bandwidth"  # type: ignore[index]
     link = answer["what_ifs"][0]  # type: ignore[index]
     assert link["half"] < 0.8 * answer["as_it_is"] and link["double"] > 1.2 * answer["as_it_is"]  # type: ignore[index]
+
+
+def test_a_budget_costs_most_where_it_is_thinner_than_the_link(tmp_path: Path) -> None:
+    answer = explained(recorded(tmp_path, network(100e6, 640), budget__wan_bytes_per_s=250_000))["what_if"]
+    assert answer["costs_most"] == "budget.wan_bytes_per_s = 250000"  # type: ignore[index]
 
 
 def test_a_slow_machine_costs_most_where_it_is_slow(tmp_path: Path) -> None:

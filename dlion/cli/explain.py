@@ -22,6 +22,7 @@ from dlion.cli.errors import TEMPORARY, Fault
 from dlion.cli.planfile import encode_plan
 from dlion.cli.replay import Recorded, load_recorded
 from dlion.config import overruled
+from dlion.config.job import BUDGET_BYTES_PER_S_MIN
 from dlion.exchange.pace import Bounded
 from dlion.mesh.changes import ChangeError, changed
 from dlion.messages import PeerId
@@ -104,6 +105,10 @@ def suspects(found: Recorded, times: Mapping[str, PeerTime], uses: Mapping[tuple
     targets, curve = plan.job.evaluate.targets, mean_accuracy(found.run)
     if targets and time_to(curve, min(targets)) is not None:  # larger batches mean more samples, not more learnt
         made.append(_setting(plan, "train.batch", plan.job.train.batch))
+    for key in ("wan_bytes_per_s", "wan_bytes_per_day"):
+        limit = getattr(plan.job.budget, key)
+        if limit and plan.job.budget.bytes_per_s * min(FACTORS) >= BUDGET_BYTES_PER_S_MIN:
+            made.append(_setting(plan, f"budget.{key}", limit))
     bounded = isinstance(pace_of(plan, exchange_of(plan)), Bounded) and plan.job.pace.staleness > 1
     if bounded and max((t["pace"] for t in times.values()), default=0.0) > PACE_WAIT_MIN:
         made.append(_setting(plan, "pace.staleness", plan.job.pace.staleness))
