@@ -206,7 +206,7 @@ class Company:
         def done() -> bool:  # with a bridge all beyond it seem silent, until another one is there
             return self.all_said(leaving) and not occupied() and loop.time() >= roster.missed_at + redialled_s
 
-        def calm() -> bool:
+        def calm() -> bool:  # where somebody is missed, the last view is for those who lack a word
             return done() and (leaving or roster.missed_at > -math.inf or self.patience.still)
 
         self.farewell.say(leaving)

@@ -47,9 +47,9 @@ class Patience:
         self._count = 0
         self._telling: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
-        self._moved_at = self._stirred_at = -math.inf
+        self._moved_at = -math.inf
         self._moved_bytes: int | None = None
-        self._began = self._end = math.inf
+        self._end = math.inf
         self._timeout: asyncio.Timeout | None = None
 
     def hear(self, message: Message) -> None:
@@ -60,7 +60,6 @@ class Patience:
     def _stir(self, count: int) -> None:
         loop = asyncio.get_running_loop()
         self._count, self._moved_at = count, loop.time()
-        self._stirred_at = self._moved_at
         if self._telling is None:
             self._telling = loop.call_later(TELL_S, self._say)
 
@@ -83,7 +82,7 @@ class Patience:
     def still(self) -> bool:
         """Has nothing moved lately? If somebody ended before that, others whose links are fuller would find it silent
         before they hear its last word."""
-        calm_s = asyncio.get_running_loop().time() - max(self._stirred_at, self._began)
+        calm_s = asyncio.get_running_loop().time() - self._moved_at
         return not self._connections or calm_s >= min(STILL_S, self._drain_s / 2)
 
     def renew(self) -> None:
@@ -97,7 +96,6 @@ class Patience:
 
     async def __aenter__(self) -> None:
         self._timeout = await asyncio.timeout(None).__aenter__()
-        self._began = asyncio.get_running_loop().time()
         self.renew()
         self._look()
 

@@ -99,6 +99,22 @@ def test_the_best_two_rates_are_tried_again_and_what_they_come_to_on_both_seeds_
     assert league.tuned() == {"hop": 0.02} and league.rates_ranked() == {"hop": [0.02, 0.05, 0.1]}
 
 
+def test_rates_are_tried_on_from_the_best_while_that_is_at_an_edge() -> None:
+    assert [league.beyond(of) for of in ([], [0.05, 0.1, 0.02], [0.02, 0.1, 0.05], [0.1, 0.02])] == [
+        [],
+        [],
+        [0.01],
+        [0.2],
+    ]
+
+
+def test_how_all_end_is_said_beside_the_best_other(tmp_path: Path) -> None:
+    rows = [row(strategy, seed, 20.0) for strategy in ("pride", "hop", "gaia") for seed in range(3)]
+    for one, end in zip(rows, (0.90, 0.92, 0.91, 0.88, 0.89, 0.90, 0.5, 0.5, 0.5), strict=True):
+        one["full_mean"] = end
+    assert "ours less hop's: +2.00 points (95 %: -0.48 to +4.48)." in page(tmp_path, rows)
+
+
 def test_a_strangers_strategy_must_be_tuned_first_and_the_error_says_how(tmp_path: Path) -> None:
     arguments = ["run", "--data", str(tmp_path), "--strategies", "mine:Mine", "hetero-system"]
     done = CliRunner().invoke(league.league, arguments)

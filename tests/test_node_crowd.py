@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from node_runs import Softmax, net, run
 
 from dlion.cli.build import Plan
 from dlion.cli.simulate import Played, play
 from dlion.config import load_job, load_topology
+from dlion.exchange.pride import Pride
 from dlion.mesh.topology import Topology
 from dlion.messages import PeerId
-from dlion.observe.runlog import Link, Member, Send, Step
+from dlion.node import Node
+from dlion.observe.runlog import Event, Link, Member, Send, Step
 from dlion.simulation import Death
 
 MEMBERS = 6
@@ -61,3 +66,35 @@ def test_a_peer_that_dies_is_missed_as_soon_as_among_few(crowd: Topology) -> Non
             rows = log[Member]
             silent = rows["t"][(rows["peer"] == "a5") & (rows["state"] == "silent")]
             assert silent.size == 1 and 10.0 < silent[0] <= 10.0 + 4.0
+
+
+def cost(topology: Topology) -> tuple[float, float]:
+    """Of a peer in the mean: most that its strategy keeps, in models; bytes that it says to other micro-clouds."""
+    nodes: dict[PeerId, Node] = {}
+    kept: dict[PeerId, int] = {}
+
+    def look(peer: PeerId) -> Iterable[Event]:
+        kept[peer] = max(kept.get(peer, 0), nodes[peer].exchange.state_bytes)
+        return ()
+
+    ran = run(
+        topology,
+        Pride,
+        until_s=2.5,
+        workload=partial(Softmax, features=1000),
+        each=lambda made: nodes.update({made.me: made}),
+        seams=lambda peer: {"observer": lambda *_: look(PeerId(peer))},
+        settings={"evaluate_every_s": 0.5},
+    )
+    sent = sum(e["bytes"] for peer in ran.replicas for e in ran.events(peer, "send") if e["wan"])
+    return sum(kept.values()) / len(kept) / ran.start.nbytes, sent / len(kept)
+
+
+def test_a_peer_of_sixty_keeps_and_says_about_as_much_as_one_of_six() -> None:
+    """Ten micro-clouds of six over bridges, against a flat mesh of three of two; peers and links alike."""
+    sixty = " | ".join(" ".join(f"{c}{n}" for n in range(6)) for c in "abcdefghij")
+    few, many = (
+        cost(net(peers, talk, mbps=20.0, delay_s=0.03))
+        for peers, talk in (("a1 a2 | b1 b2 | c1 c2", "mesh"), (sixty, "bridges"))  # type: ignore[arg-type]
+    )
+    assert many[0] < 1.5 * few[0] and many[1] < few[1], (few, many)

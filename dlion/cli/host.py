@@ -27,6 +27,7 @@ from dlion.cli.keep import Keeping, Start, held
 from dlion.compute import Threads
 from dlion.config import ConfigError
 from dlion.learn.workload import Part, Workload
+from dlion.mesh.topology import LinkSpec
 from dlion.messages import PeerId
 from dlion.net.shaped import Bottleneck, Route, ShapedDialer
 from dlion.net.stream import StreamLink
@@ -83,22 +84,20 @@ def check_shareable(plan: Plan) -> None:
 def routes_of(plan: Plan, me: PeerId, zero_s: float, *, emulate: bool) -> dict[str, Route]:
     """How ``me``'s links are slowed down: by the budget, whoever is at the other end, and as the topology says, whose
     time 0 is the loop's ``zero_s``, if that is emulated."""
-    topology, limit = plan.topology, plan.job.budget.bytes_per_s
+    topology, links = plan.topology, plan.topology.links if emulate else {}
+    bare = {target: LinkSpec(me, target) for target in topology.peers if target != me}
+    ours = {(me, target): links.get((me, target), link) for target, link in bare.items()}
+    held = replace(topology, links=ours).capped(plan.job.budget.bytes_per_s)
     bottlenecks: dict[str, Bottleneck] = {}
     routes: dict[str, Route] = {}
-    for target in sorted(topology.peers.keys() - {me}):
-        link = topology.links.get((me, target)) if emulate else None
-        for name in link.resources if link else ():
-            bottlenecks.setdefault(name, Bottleneck(topology.resources[name].rate.shifted(-zero_s)))
-        crosses = [bottlenecks[name] for name in link.resources] if link else []
-        if limit and not topology.lan(me, target):
-            crosses.append(Bottleneck(Rate.constant(8 * limit)))
-        if link is not None:
-            up = None if link.up is None else link.up.shifted(-zero_s)
-            way_s = link.delay_s if link.delays_s is None else link.delays_s.shifted(-zero_s)
-            routes[target] = Route(tuple(crosses), way_s, up)
-        elif crosses:
-            routes[target] = Route(tuple(crosses))
+    for (_, target), link in held.links.items():
+        if link == bare[target]:
+            continue  # nothing slows it down
+        for name in link.resources:
+            bottlenecks.setdefault(name, Bottleneck(held.resources[name].rate.shifted(-zero_s)))
+        up = None if link.up is None else link.up.shifted(-zero_s)
+        way_s = link.delay_s if link.delays_s is None else link.delays_s.shifted(-zero_s)
+        routes[target] = Route(tuple(bottlenecks[name] for name in link.resources), way_s, up)
     return routes
 
 
